@@ -1,0 +1,289 @@
+"""Scenario files: YAML 1.2 (or JSON) to plain data, and the place of every key. Knows nothing about scenarios.
+
+One idea joins files: any mapping may say ``extends: other.yaml``. The keys of the other file are its base, its own
+keys win, mappings are merged key by key, everything else (lists too) is replaced whole. A mapping that names another
+``kind`` than its base replaces the base. In fields that refer to files (``references``), ``model: v3.yaml`` is short
+for ``model: {extends: v3.yaml}`` and replaces an inherited model whole.
+
+Untrusted input: limits and refused constructs are those of `sim.syntax`; files named in a file must lie inside the tree
+of the first file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+
+from sim import located
+from sim.located import KeyPath, Mark, Problem, ScenarioError, dotted, nearest, short
+from sim.syntax import (
+    MAX_DEPTH,
+    MAX_NODES,
+    Convert,
+    Node,
+    dump,
+    from_plain,
+    parse_json,
+    parse_yaml,
+    read_text,
+    to_plain,
+)
+
+__all__ = ["Document", "Mark", "Problem", "ScenarioError", "apply_overrides", "document", "dump", "read", "validate"]
+
+MAX_CHAIN = 20
+M = TypeVar("M", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Document:
+    """Plain data of a scenario with all references resolved.
+
+    data: dict, list, str, int, float, bool and None only; not shared with other documents.
+    marks: the mark of every key and list item by path, ``("policies", 2, "kind")``; ``()`` is the first file.
+    """
+
+    data: dict[str, Any]
+    marks: dict[KeyPath, Mark]
+    _tree: Node = field(repr=False)
+    _library: _Library = field(repr=False)
+
+
+def read(
+    path: str | os.PathLike[str],
+    *,
+    root: str | os.PathLike[str] | None = None,
+    references: frozenset[str] | set[str] = frozenset(),
+    convert: Convert | None = None,
+    allow_outside: bool = False,
+) -> Document:
+    """Read a scenario file and the files it extends.
+
+    root: folder that files named in a file may not leave (default: the folder of ``path``) unless ``allow_outside``.
+    references: keys, at the top level and in the items of top-level lists, whose text names a file.
+    convert: makes our keys of a referenced ``.json`` file: ``convert(data, real_path)``; a ValueError is reported.
+
+    Raises ScenarioError with every problem found (after a syntax error the rest of that file is not read).
+    """
+    library = _Library(frozenset(references), convert, allow_outside)
+    given = os.fspath(path)
+    tree = library.load(given, None if root is None else os.fspath(root))
+    return library.resolve(tree)
+
+
+def document(
+    data: dict[str, Any],
+    *,
+    name: str = "<data>",
+    references: frozenset[str] | set[str] = frozenset(),
+    convert: Convert | None = None,
+) -> Document:
+    """Make a `Document` of plain data, as if read from a file; its file names are relative to the current folder."""
+    return _Library(frozenset(references), convert, True).resolve(from_plain(data, Mark(name)))
+
+
+def apply_overrides(document: Document, overrides: Sequence[str]) -> Document:
+    """Return the document with ``a.b.0.c=value`` texts applied in order; values are YAML.
+
+    Missing keys are created, list items must exist. A file named here is the user's own word: relative to the current
+    folder and allowed anywhere. ``model.extends=other.yaml`` changes the base under the scenario's own keys.
+
+    Raises ScenarioError with every bad override, located at ``--set a.b.0.c=value``.
+    """
+    tree, library, problems = document._tree, document._library, []
+    # A new base has to be in place before keys below it are looked up.
+    for text in sorted(overrides, key=lambda text: text.partition("=")[0].strip().split(".")[-1] != "extends"):
+        shown = "--set " + (text if len(text) <= 80 else text[:77] + "...")
+        keys, equals, value = text.partition("=")
+        path = tuple(keys.strip().split("."))
+        try:
+            if not equals:
+                raise ScenarioError([Problem(shown, "", "must be written key.key=value")])
+            if not all(path):
+                raise ScenarioError([Problem(shown, dotted(path), "has an empty key")])
+            if len(path) > MAX_DEPTH:
+                raise ScenarioError([Problem(shown, dotted(path), f"is nested more than {MAX_DEPTH} levels deep")])
+            mark = Mark(shown)
+            new = parse_yaml(value, mark) or Node(None, mark)
+            tree = library.put(tree, path, new, ())
+        except ScenarioError as error:
+            problems += [problem._replace(path=problem.path or dotted(path)) for problem in error.problems]
+    if problems:
+        raise ScenarioError(list(dict.fromkeys(problems)))
+    return library.resolve(tree)
+
+
+def validate(model_cls: type[M], document: Document) -> M:
+    """Return the document as a ``model_cls``; raises ScenarioError with every problem (see `sim.located.validate`)."""
+    return located.validate(model_cls, document.data, document.marks)
+
+
+# --- joining files ---
+
+
+@dataclass
+class _Library:
+    """The files of one scenario: who says what, and what may be opened."""
+
+    references: frozenset[str]
+    convert: Convert | None
+    allow_outside: bool
+    trees: dict[str, Node | None] = field(default_factory=dict)  # by real path; None = unreadable, already reported
+    homes: dict[str, tuple[str, str]] = field(default_factory=dict)  # shown name: (folder as written, real root)
+    first: str = ""
+
+    def load(self, given: str, root: str | None) -> Node:
+        """Read the first file; ``root`` as in `read`."""
+        folder = os.path.dirname(given)
+        try:
+            self.first = os.path.realpath(given)
+            home = (folder, os.path.realpath(folder if root is None else root))
+        except (OSError, ValueError) as error:
+            raise ScenarioError([Problem(_shown(given), "", f"is not a usable file name: {error}")]) from None
+        tree = self._file(given, self.first, home, None)
+        self.trees[self.first] = tree
+        return tree
+
+    def resolve(self, tree: Node) -> Document:
+        marks: dict[KeyPath, Mark] = {}
+        problems: list[Problem] = []
+
+        def walk(node: Node, path: KeyPath, chain: tuple[str, ...]) -> Any:
+            try:
+                node, chain = self.flatten(node, path, chain)
+            except ScenarioError as error:
+                problems.extend(error.problems)
+                node = Node(None, node.mark)
+            marks[path] = node.mark
+            if len(path) > MAX_DEPTH or len(marks) > MAX_NODES:
+                what = f"{MAX_DEPTH} levels deep" if len(path) > MAX_DEPTH else f"{MAX_NODES} values in all"
+                raise ScenarioError([*problems, Problem(str(node.mark), dotted(path), f"more than {what}")])
+            if isinstance(node.value, dict):
+                return {key: walk(child, (*path, key), chain) for key, child in node.value.items()}
+            if isinstance(node.value, list):
+                return [walk(child, (*path, index), chain) for index, child in enumerate(node.value)]
+            return node.value
+
+        data = walk(tree, (), (self.first,))
+        if problems:
+            raise ScenarioError(list(dict.fromkeys(problems)))
+        return Document(data, marks, tree, self)
+
+    def flatten(self, node: Node, path: KeyPath, chain: tuple[str, ...]) -> tuple[Node, tuple[str, ...]]:
+        """``node`` with its own ``extends`` merged in (not those of its children), and the files met on the way."""
+        node = self._unfold(node, path)
+        if not isinstance(node.value, dict) or "extends" not in node.value:
+            return node, chain
+        own = {key: child for key, child in node.value.items() if key != "extends"}
+        found = self._follow(node.value["extends"], path, chain)
+        if found is None:
+            return Node(own, node.mark), chain
+        base, chain = self.flatten(Node(found[0].value, node.mark), path, (*chain, found[1]))
+        return Node(self._merge(base.value, own, path), node.mark), chain
+
+    def put(self, node: Node, keys: tuple[str, ...], new: Node, path: KeyPath) -> Node:
+        """``node`` with the value at ``keys`` replaced by ``new``; shares the rest."""
+        if not keys:
+            return new
+        node = self._unfold(node, path)
+        if len(keys) > 1:
+            node, _ = self.flatten(node, path, ())
+        key, rest = keys[0], keys[1:]
+        if node.value is None:
+            node = Node({}, new.mark)
+        if isinstance(node.value, dict):
+            child = node.value.get(key, Node(None, new.mark))
+            return Node({**node.value, key: self.put(child, rest, new, (*path, key))}, node.mark)
+        where = (str(new.mark), dotted((*path, *keys)))
+        if not isinstance(node.value, list):
+            rule = f"{dotted(path) or 'the document'} is neither a mapping nor a list"
+            raise ScenarioError([Problem(*where, rule, short(node.value))])
+        if not re.fullmatch("[0-9]{1,9}", key) or int(key) >= len(node.value):
+            rule = f"{dotted(path)} is a list of {len(node.value)}: its items are "
+            rule += f"0 to {len(node.value) - 1}" if node.value else "none"
+            raise ScenarioError([Problem(*where, rule, short(key))])
+        items = list(node.value)
+        items[int(key)] = self.put(items[int(key)], rest, new, (*path, int(key)))
+        return Node(items, node.mark)
+
+    def _unfold(self, node: Node, path: KeyPath) -> Node:
+        """``model: file`` as ``model: {extends: file}``."""
+        place = len(path) == 1 or (len(path) == 3 and isinstance(path[1], int))
+        if place and path[-1] in self.references and isinstance(node.value, str):
+            return Node({"extends": node}, node.mark)
+        return node
+
+    def _merge(self, base: dict[str, Node], own: dict[str, Node], path: KeyPath) -> dict[str, Node]:
+        merged = dict(base)
+        for key, node in own.items():
+            under = self._unfold(base[key], (*path, key)) if key in base else None
+            if under is not None and isinstance(node.value, dict) and isinstance(under.value, dict):
+                kinds = [kind.value for side in (under, node) if (kind := side.value.get("kind"))]
+                if len(kinds) < 2 or kinds[0] == kinds[1]:
+                    node = Node(self._merge(under.value, node.value, (*path, key)), node.mark)
+            merged[key] = node
+        return merged
+
+    def _follow(self, name: Node, path: KeyPath, chain: tuple[str, ...]) -> tuple[Node, str] | None:
+        """The tree of the file that ``name`` names and its real path; None if that file was already refused."""
+
+        def refuse(rule: str, hint: str = "") -> ScenarioError:
+            return ScenarioError([Problem(str(name.mark), dotted(path) or "extends", rule, short(name.value), hint)])
+
+        if not isinstance(name.value, str) or not name.value:
+            raise refuse("must be the name of a file")
+        trusted = name.mark.line == 0
+        folder, root = ("", "") if trusted else self.homes[name.mark.file]
+        given = os.path.join(folder, name.value)
+        try:
+            real = os.path.realpath(given)
+        except (OSError, ValueError):
+            raise refuse("is not a usable file name") from None
+        if trusted:
+            root = os.path.dirname(real)
+        elif not self.allow_outside and os.path.commonpath([real, root]) != root:
+            raise refuse(f"leaves the folder {_shown(root)}: files named in a file must stay inside it")
+        if real in chain:
+            circle = [_shown(file) for file in (*chain[chain.index(real) :], real)]
+            raise refuse(f"extends goes in a circle: {' -> '.join(circle)}")
+        if len(chain) > MAX_CHAIN:
+            raise refuse(f"more than {MAX_CHAIN} files extend each other")
+        if real not in self.trees:
+            if not os.path.exists(real):
+                near, folder = "", os.path.dirname(real)
+                if os.path.isdir(folder):
+                    near = nearest(os.path.basename(real), sorted(os.listdir(folder)))
+                raise refuse("no such file", near)
+            self.trees[real] = None
+            self.trees[real] = self._file(given, real, (os.path.dirname(given), root), self.convert)
+        tree = self.trees[real]
+        return None if tree is None else (tree, real)
+
+    def _file(self, given: str, real: str, home: tuple[str, str], convert: Convert | None) -> Node:
+        name = _shown(given)
+        self.homes.setdefault(name, home)
+        start = Mark(name, 1, 1)
+        text = read_text(real, name)
+        if real.endswith(".json"):
+            return parse_json(text, start, real, convert)
+        tree = parse_yaml(text, start)
+        if tree is None:
+            raise ScenarioError([Problem(str(start), "", "the file is empty")])
+        if not isinstance(tree.value, dict):
+            raise ScenarioError([Problem(str(start), "", "must be a mapping (key: value)", short(to_plain(tree)))])
+        return tree
+
+
+def _shown(path: str) -> str:
+    """Relative to the current folder if below it, else as given; forward slashes."""
+    try:
+        relative = os.path.relpath(path)
+    except (OSError, ValueError):
+        relative = path
+    inside = relative != ".." and not relative.startswith(".." + os.sep)
+    return (relative if inside else os.path.normpath(path)).replace(os.sep, "/")

@@ -1,0 +1,764 @@
+"""Traffic: laws of the generator (determinism, equal bits, statistics of section 8) and of replay (slices, refusals)."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import struct
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from sim.kernels import affinity as kernel
+from sim.plugin import members
+from sim.traffic import Traffic, TrafficShape, tracefile
+from sim.traffic.affinity import Affinity, AffinityBatch, AffinitySource, LayerProfile
+from sim.traffic.replay import Replay, read_trace
+from sim.traffic.topics import Shift, Topic, cumulative, leaves, mixture
+
+ROOT = Path(__file__).resolve().parents[1]
+SHAPE = TrafficShape(n_moe_layers=4, n_routed_experts=32, num_experts_per_tok=4, ep_size=4)
+
+
+def ask(config: Affinity, layer: int, rank: int, *, phase: str = "train", step: int = 0, seed: int = 0, replica: int = 0):
+    batch = config.start(SHAPE, seed, replica).batch(phase, step, n_ranks=4, tokens_per_rank=config.tokens_per_rank)
+    return batch.tokens(layer, rank)
+
+
+def topk(logits: np.ndarray, k: int) -> np.ndarray:
+    return np.argsort(-logits, axis=1, kind="stable")[:, :k]
+
+
+def load_cv(ids: np.ndarray, n_experts: int) -> float:
+    load = np.bincount(ids.ravel(), minlength=n_experts)
+    return float(load.std() / load.mean())
+
+
+def test_family_lists_both_members() -> None:
+    assert {"affinity", "replay"} <= set(members(Traffic))
+
+
+# ---------------------------------------------------------------- determinism and common random numbers
+
+
+@settings(max_examples=15, deadline=None)
+@given(order=st.permutations([(layer, rank) for layer in (0, 3) for rank in (0, 2)]), step=st.integers(0, 50))
+def test_any_order_gives_the_tokens_of_a_fresh_call(order: list[tuple[int, int]], step: int) -> None:
+    config = Affinity(tokens_per_rank=40, sequence_length=16)
+    source = config.start(SHAPE, 7, 1)
+    source.batch("warmup", 3, n_ranks=2, tokens_per_rank=8).tokens(1, 1)  # an unrelated question first
+    batch = source.batch("train", step, n_ranks=4, tokens_per_rank=40)
+    for layer, rank in order:
+        fresh = ask(config, layer, rank, step=step, seed=7, replica=1)
+        got = batch.tokens(layer, rank)
+        assert got.logits.tobytes() == fresh.logits.tobytes()
+        assert got.topic.tobytes() == fresh.topic.tobytes()
+        assert got.logits.dtype == np.float32 and got.logits.shape == (40, 32) and got.rank == rank
+
+
+def test_every_coordinate_changes_the_tokens() -> None:
+    config = Affinity(tokens_per_rank=40)
+    base: dict[str, Any] = {"layer": 0, "rank": 0, "phase": "train", "step": 0, "seed": 0, "replica": 0}
+    changes = [{}, {"layer": 1}, {"rank": 1}, {"phase": "warmup"}, {"step": 1}, {"seed": 1}, {"replica": 1}]
+    hashes = {ask(config, **(base | change)).logits.tobytes() for change in changes}
+    assert len(hashes) == len(changes)
+
+
+def test_forgetting_latents_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Affinity(tokens_per_rank=40)
+    expected = [ask(config, 1, rank).logits.tobytes() for rank in (0, 1, 0)]
+    monkeypatch.setattr("sim.traffic.affinity._LATENT_CACHE_BYTES", 1)
+    batch = config.start(SHAPE, 0, 0).batch("train", 0, n_ranks=4, tokens_per_rank=40)
+    assert [batch.tokens(1, rank).logits.tobytes() for rank in (0, 1, 0)] == expected
+    assert len(batch._ranks) == 1
+
+
+def test_popularity_is_the_models_not_the_steps() -> None:
+    source = Affinity(latent_rank=0, iid_variance=0).start(SHAPE, 0, 0)
+    rows = [source.batch("train", s, n_ranks=1, tokens_per_rank=3).tokens(2, 0).logits for s in (0, 9)]
+    assert np.array_equal(rows[0], rows[1]) and np.array_equal(rows[0][0], rows[0][1])
+    other = Affinity(latent_rank=0, iid_variance=0).start(SHAPE, 0, 1)
+    assert not np.array_equal(rows[0], other.batch("train", 0, n_ranks=1, tokens_per_rank=3).tokens(2, 0).logits)
+
+
+# ---------------------------------------------------------------- equal bits
+
+
+def both(config: Affinity, shape: TrafficShape, n_tokens: int, layer: int) -> tuple[bytes, bytes]:
+    found = []
+    for compiled in (False, True):
+        source = config.start(shape, 3, 0)
+        assert isinstance(source, AffinitySource)
+        found.append(AffinityBatch(source, "train", 5, 1, n_tokens, compiled).tokens(layer, 0).logits.tobytes())
+    return found[0], found[1]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    n_tokens=st.integers(1, 300),
+    sequence_length=st.integers(1, 400),
+    latent_rank=st.integers(0, 13),
+    n_experts=st.integers(1, 70),
+    dof=st.sampled_from([None, 3.0, 5.0, 30.0]),
+    token_variance=st.sampled_from([0.0, 0.3]),
+    layer=st.integers(0, 3),
+)
+def test_numpy_and_numba_agree_in_every_bit(
+    n_tokens: int,
+    sequence_length: int,
+    latent_rank: int,
+    n_experts: int,
+    dof: float | None,
+    token_variance: float,
+    layer: int,
+) -> None:
+    pytest.importorskip("numba")
+    config = Affinity(
+        sequence_length=sequence_length, latent_rank=latent_rank, latent_dof=dof, token_variance=token_variance
+    )
+    plain, compiled = both(config, TrafficShape(4, n_experts, 1, 1), n_tokens, layer)
+    assert plain == compiled
+
+
+DIGEST = """
+import hashlib, sys
+from sim.traffic import TrafficShape
+from sim.traffic.affinity import Affinity
+config = Affinity(tokens_per_rank=300, sequence_length=50)
+batch = config.start(TrafficShape(6, 256, 8, 2), 11, 2).batch("train", 4, n_ranks=2, tokens_per_rank=300)
+digest = hashlib.sha256()
+for layer in range(6):
+    for rank in range(2):
+        digest.update(batch.tokens(layer, rank).logits.tobytes())
+print(digest.hexdigest(), "numba" in sys.modules)
+"""
+
+
+def digest_in_subprocess(**env: str) -> list[str]:
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", DIGEST],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return run.stdout.split()
+
+
+def test_equal_bits_without_cpu_features_and_under_other_hash_seeds() -> None:
+    from numpy._core._multiarray_umath import __cpu_dispatch__, __cpu_features__
+
+    usable = " ".join(f for f in __cpu_dispatch__ if __cpu_features__.get(f))
+    plain = digest_in_subprocess(GATESIM_KERNELS="numpy")
+    slow = digest_in_subprocess(GATESIM_KERNELS="numpy", NPY_DISABLE_CPU_FEATURES=usable, PYTHONHASHSEED="3")
+    assert plain == slow
+    assert plain[1] == "False"  # the NumPy path never loads Numba
+
+
+def test_threads_give_the_tokens_of_one_thread() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    source = Affinity().start(SHAPE, 0, 0)
+    pairs = [(layer, rank) for layer in range(4) for rank in range(4)] * 2
+    alone = source.batch("train", 0, n_ranks=4, tokens_per_rank=64)
+    expected = [alone.tokens(*pair).logits.tobytes() for pair in pairs]
+    shared = source.batch("train", 0, n_ranks=4, tokens_per_rank=64)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda pair: shared.tokens(*pair).logits.tobytes(), pairs)) == expected
+
+
+# ---------------------------------------------------------------- kernels against closed forms
+
+
+@pytest.mark.parametrize("dof", [4.0, 5.0, 8.0, 1e6])
+def test_heavy_tail_has_unit_variance_and_student_quantiles(dof: float) -> None:
+    from scipy.stats import norm, t
+
+    coefficients = kernel.heavy_tail(dof)
+    nodes, weights = np.polynomial.hermite_e.hermegauss(40)
+    values = sum(c * nodes ** (2 * i + 1) for i, c in enumerate(coefficients))
+    assert np.isclose((weights / weights.sum() * values**2).sum(), 1.0, rtol=1e-12)
+    x = np.linspace(-3, 3, 25)
+    found = sum(c * x ** (2 * i + 1) for i, c in enumerate(coefficients))
+    assert np.allclose(found, t.ppf(norm.cdf(x), dof) * np.sqrt((dof - 2) / dof), atol=0.02, rtol=0.06)
+
+
+def test_heavy_tail_none_is_the_normal() -> None:
+    x = np.linspace(-4, 4, 9, dtype=np.float32).reshape(3, 3)
+    y = x.copy()
+    kernel.stretch(y, kernel.heavy_tail(None), compiled=False)
+    assert np.array_equal(x, y)
+
+
+@given(rho=st.floats(0.01, 0.99), length=st.integers(1, 12))
+@settings(max_examples=30, deadline=None)
+def test_autoregression_is_its_recursion_and_restarts(rho: float, length: int) -> None:
+    x = np.random.Generator(np.random.Philox(5)).standard_normal((20, 2)).astype(np.float32)
+    y = x.copy()
+    kernel.autoregress(y, rho, length, compiled=False)
+    for t in range(20):
+        expected = x[t] if t % length == 0 else rho * y[t - 1] + np.sqrt(1 - rho**2) * x[t]
+        assert np.allclose(y[t], expected, atol=1e-6)
+
+
+def test_combine_is_the_formula() -> None:
+    rng = np.random.Generator(np.random.Philox(6))
+    latents = rng.standard_normal((200, 3, 7), dtype=np.float32)
+    basis, base = (rng.standard_normal((n, 20), dtype=np.float32) for n in (7, 2))
+    noise, gains = rng.standard_normal(100, dtype=np.float32), np.array([0.5, 0.25, 2.0], dtype=np.float32)
+    topic, offset = rng.integers(2, size=200, dtype=np.int32), rng.integers(80, size=200)
+    got = kernel.combine(base, topic, noise, offset, 0.3, latents, gains, basis, compiled=False)
+    window = noise[offset[:, None] + np.arange(20)]
+    expected = base[topic] + 0.3 * window + np.einsum("p,tpr,re->te", gains, latents, basis)
+    assert np.allclose(got, expected, atol=1e-5)
+
+
+def test_noise_table_does_not_couple_neighbours_layers_or_experts() -> None:
+    config = Affinity(latent_rank=0, popularity_sd=0, iid_variance=1, logit_scale=1, layer_profile=None)
+    batch = config.start(SHAPE, 0, 0).batch("train", 0, n_ranks=1, tokens_per_rank=20_000)
+    x, other = batch.tokens(0, 0).logits, batch.tokens(1, 0).logits
+    bound = 4.5 / np.sqrt(x.size)
+    assert abs(x.mean()) < 0.01 and abs(x.std() - 1) < 0.01
+    assert abs((x[1:] * x[:-1]).mean()) < bound  # neighbouring tokens
+    assert abs((x[:, 1:] * x[:, :-1]).mean()) < bound  # neighbouring experts
+    assert abs((x * other).mean()) < bound  # layers
+    # No expert is favoured: load of independent top-4 is binomial.
+    assert load_cv(topk(x, 4), 32) < 1.6 * np.sqrt((1 - 4 / 32) / (20_000 * 4 / 32))
+
+
+def test_colliding_windows_in_one_layer_part_in_another() -> None:
+    keys = np.random.Generator(np.random.Philox(8)).integers(2**32, size=20_000, dtype=np.uint32)
+    first, second = (kernel.windows_of(keys, key, 12) for key in (0x9E3779B1, 0x85EBCA77))
+    assert first.min() >= 0 and first.max() < 2**12
+    twins = np.flatnonzero(first[1:] == first[:-1])
+    assert len(twins) > 0
+    assert (second[twins + 1] != second[twins]).all()
+
+
+# ---------------------------------------------------------------- topics
+
+TREE = (
+    Topic(
+        name="quantitative",
+        weight=3,
+        popularity_sd=0.3,
+        children=(Topic(name="math", weight=1, popularity_sd=0.1), Topic(name="physics", weight=2, popularity_sd=0.1)),
+    ),
+    Topic(name="law", weight=1, popularity_sd=0.32),
+)
+
+
+def test_topic_weights_are_respected_per_sequence() -> None:
+    config = Affinity(topic_tree=TREE, sequence_length=4)
+    topic = config.start(SHAPE, 0, 0).batch("train", 0, n_ranks=1, tokens_per_rank=40_000).tokens(0, 0).topic
+    assert config.topics == ("math", "physics", "law") and topic.dtype == np.int32
+    assert (topic.reshape(-1, 4) == topic[::4, None]).all()
+    share = np.bincount(topic[::4], minlength=3) / 10_000
+    assert np.allclose(share, [0.25, 0.5, 0.25], atol=4.5 * 0.005)
+
+
+def test_siblings_share_experts_and_strangers_do_not() -> None:
+    config = Affinity(topic_tree=TREE, sequence_length=1)
+    shape = TrafficShape(4, 256, 8, 1)
+    batch = config.start(shape, 0, 0).batch("train", 0, n_ranks=1, tokens_per_rank=12_000)
+    tokens = batch.tokens(3, 0)
+    ids = topk(tokens.logits, 8)
+    loads = [np.bincount(ids[tokens.topic == i].ravel(), minlength=256) for i in range(3)]
+    close, far = np.corrcoef(loads)[0, 1:]
+    assert close > 0.6 > 0.5 > far
+
+
+def test_adding_a_topic_leaves_the_others_vectors_alone() -> None:
+    def tables(tree: tuple[Topic, ...]) -> np.ndarray:
+        source = Affinity(topic_tree=tree).start(SHAPE, 0, 0)
+        assert isinstance(source, AffinitySource)
+        return source.layer(2).base
+
+    more = (*TREE, Topic(name="medicine"))
+    assert np.array_equal(tables(more)[:3], tables(TREE))
+
+
+@given(st.lists(st.floats(0.01, 100), min_size=1, max_size=8), st.integers(0, 200))
+def test_mixture_sums_to_one_at_every_step(weights: list[float], step: int) -> None:
+    found = leaves(tuple(Topic(name=str(i), weight=w) for i, w in enumerate(weights)))
+    shifts = (Shift(step=10, over_steps=50, weights={"0": 1}), Shift(step=120, weights={str(len(weights) - 1): 2}))
+    shares = mixture(found, shifts, step)
+    assert min(shares) >= 0 and np.isclose(sum(shares), 1)
+    sums = cumulative(shares)
+    assert sums[-1] == 1 and all(b >= a for a, b in zip(sums, sums[1:], strict=False))
+    if step >= 120:
+        assert shares[-1] == 1
+    if 60 <= step < 120:
+        assert shares[0] == 1
+
+
+def test_shift_switches_topics_at_its_step_and_only_in_training() -> None:
+    config = Affinity(topic_tree=TREE, sequence_length=1, shifts=(Shift(step=2, weights={"law": 1}),))
+    plain = Affinity(topic_tree=TREE, sequence_length=1)
+    assert ask(config, 0, 0, step=1).logits.tobytes() == ask(plain, 0, 0, step=1).logits.tobytes()
+    assert (ask(config, 0, 0, step=2).topic == 2).all()
+    assert len(set(ask(config, 0, 0, step=2, phase="warmup").topic.tolist())) == 3
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ({"topic_tree": [{"name": "a"}, {"name": "a"}]}, "two topics are called 'a'"),
+        ({"topic_tree": [{"name": "a", "children": [{"name": "b"}]}, {"name": "b"}]}, "two leaves are called 'b'"),
+        ({"topic_tree": []}, "at least 1"),
+        ({"shifts": [{"step": 1, "weights": {"nowhere": 1}}]}, "'nowhere' is no leaf"),
+        ({"shifts": [{"step": 1, "weights": {"general": 0}}]}, "positive sum"),
+        ({"layer_profile": {"depth": [0, 0.5]}}, "run from 0 to 1"),
+        ({"layer_profile": {"depth": [0, 0.5, 0.5, 0.8, 1]}}, "increase"),
+        ({"layer_profile": {"topic": [1, 1]}}, "one value per depth"),
+        ({"layer_profile": {"temporal": [0, 0, 2, 0, 0]}}, "between 0 and 1"),
+        ({"slow_correlation": 1.0}, "less than 1"),
+        ({"tokens_per_rank": 0}, "greater than 0"),
+    ],
+)
+def test_bad_configs_are_refused(bad: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValidationError, match=reason):
+        Affinity.model_validate(bad)
+
+
+def test_config_survives_its_own_dump() -> None:
+    config = Affinity(topic_tree=TREE, shifts=(Shift(step=1, weights={"law": 1}),), layer_profile=None)
+    assert Affinity.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_outside_the_batch_is_refused() -> None:
+    batch = Affinity().start(SHAPE, 0, 0).batch("train", 0, n_ranks=2, tokens_per_rank=4)
+    for layer, rank in ((-1, 0), (4, 0), (0, 2), (0, -1)):
+        with pytest.raises(ValueError, match="4 layers, 2 ranks"):
+            batch.tokens(layer, rank)
+
+
+# ---------------------------------------------------------------- statistics (routing_statistics.md)
+
+
+def batch_means(ids: np.ndarray, size: int, n_experts: int) -> tuple[float, float]:
+    loads = [np.bincount(b.ravel(), minlength=n_experts) for b in np.array_split(ids, len(ids) // size)]
+    return (
+        float(np.mean([load.max() / load.mean() - 1 for load in loads])),
+        float(np.mean([load.std() / load.mean() for load in loads])),
+    )
+
+
+@pytest.fixture(scope="module")
+def chat() -> tuple[np.ndarray, np.ndarray]:
+    """Section 8's setting: E=64, k=6, one topic, 40k tokens; sequences of 400 reproduce its consecutive column."""
+    config = Affinity(sequence_length=400, layer_profile=None)
+    shape = TrafficShape(1, 64, 6, 1)
+    ids = [
+        topk(config.start(shape, seed, 0).batch("train", 0, n_ranks=1, tokens_per_rank=40_000).tokens(0, 0).logits, 6)
+        for seed in (1, 2)
+    ]
+    order = np.random.Generator(np.random.Philox(1)).permutation(40_000)
+    return np.stack(ids), np.stack([i[order] for i in ids])
+
+
+@pytest.mark.parametrize(
+    ("size", "consecutive", "mixed_cv"),
+    [(64, (2.8, 0.84), 0.46), (256, (2.0, 0.61), 0.32), (1024, (1.4, 0.46), 0.27)],
+)
+def test_load_statistics_of_section_8(
+    chat: tuple[np.ndarray, np.ndarray], size: int, consecutive: tuple[float, float], mixed_cv: float
+) -> None:
+    runs, mixed = chat
+    maxvio, cv = np.mean([batch_means(ids, size, 64) for ids in runs], axis=0)
+    assert maxvio == pytest.approx(consecutive[0], rel=0.2)
+    assert cv == pytest.approx(consecutive[1], rel=0.15)
+    assert np.mean([batch_means(ids, size, 64)[1] for ids in mixed]) == pytest.approx(mixed_cv, rel=0.15)
+
+
+def selected(ids: np.ndarray, n_experts: int) -> np.ndarray:
+    chosen = np.zeros((len(ids), n_experts), dtype=np.float32)
+    np.put_along_axis(chosen, ids, 1.0, axis=1)
+    return chosen
+
+
+def test_neighbours_overlap_and_experts_coactivate_as_in_section_8(chat: tuple[np.ndarray, np.ndarray]) -> None:
+    runs, mixed = chat
+    chosen, shuffled = selected(runs[0], 64), selected(mixed[0], 64)
+    assert (chosen[1:] * chosen[:-1]).sum(axis=1).mean() / 6 == pytest.approx(0.31, abs=0.04)
+    assert (shuffled[1:] * shuffled[:-1]).sum(axis=1).mean() / 6 == pytest.approx(0.10, abs=0.02)
+    pairs = (chosen.T @ chosen)[np.triu_indices(64, 1)]
+    rate = chosen.mean(axis=0)
+    null = np.outer(rate, rate)[np.triu_indices(64, 1)]
+    assert 0.5 * abs(pairs / pairs.sum() - null / null.sum()).sum() == pytest.approx(0.33, abs=0.05)
+
+
+def test_consecutive_tokens_are_overdispersed_and_mixed_ones_are_not(chat: tuple[np.ndarray, np.ndarray]) -> None:
+    """Variance of an expert's load between batches of 256 over binomial: 8 on real chat, 1 for independent tokens."""
+    for ids, low, high in ((chat[0][0], 4, 20), (chat[1][0], 0.75, 1.25)):
+        loads = np.stack([np.bincount(b.ravel(), minlength=64) for b in np.array_split(ids[:39936], 156)])
+        rate = loads.mean(axis=0) / 256
+        assert low < np.median(loads.var(axis=0) / (256 * rate * (1 - rate))) < high
+
+
+def test_gaussian_full_rank_latents_lose_the_coactivation() -> None:
+    """Negative control of the design: heavy tails and low rank are both needed (section 8, last lines)."""
+    shape = TrafficShape(1, 64, 6, 1)
+
+    def pair_distance(**change: Any) -> float:
+        config = Affinity(layer_profile=None, **change)
+        logits = config.start(shape, 1, 0).batch("train", 0, n_ranks=1, tokens_per_rank=20_000).tokens(0, 0).logits
+        chosen = selected(topk(logits, 6), 64)
+        pairs = (chosen.T @ chosen)[np.triu_indices(64, 1)]
+        null = np.outer(chosen.mean(axis=0), chosen.mean(axis=0))[np.triu_indices(64, 1)]
+        return float(0.5 * abs(pairs / pairs.sum() - null / null.sum()).sum())
+
+    assert pair_distance(latent_dof=None, latent_rank=32) < 0.21 < 0.28 < pair_distance()
+
+
+def test_narrow_domain_has_deepseek_v3s_skew() -> None:
+    """V3 on GPQA: CV ~.78 [.58-1.26], the 32 hottest of 256 experts take 31 % [25-50] (section 1)."""
+    config = Affinity(topic_tree=(Topic(name="gpqa", popularity_sd=0.23),), sequence_length=1)
+    source = config.start(TrafficShape(58, 256, 8, 1), 0, 0)
+    batch = source.batch("train", 0, n_ranks=1, tokens_per_rank=6000)
+    cvs, shares = [], []
+    for layer in (21, 28, 35, 42):
+        load = np.bincount(topk(batch.tokens(layer, 0).logits, 8).ravel(), minlength=256)
+        cvs.append(load.std() / load.mean())
+        shares.append(np.sort(load)[-32:].sum() / load.sum())
+    assert np.mean(cvs) == pytest.approx(0.78, abs=0.12)
+    assert np.mean(shares) == pytest.approx(0.313, abs=0.04)
+
+
+def test_layers_differ_as_measured() -> None:
+    """The first layers remember little of the sequence; scale rises from 0.4 to about 1.1 and 1.5."""
+    config = Affinity(sequence_length=400)
+    source = config.start(TrafficShape(58, 64, 6, 1), 0, 0)
+    batch = source.batch("train", 0, n_ranks=1, tokens_per_rank=8000)
+    spread, overlap = {}, {}
+    for layer in (0, 25, 57):
+        logits = batch.tokens(layer, 0).logits
+        spread[layer] = float(logits.std())
+        chosen = selected(topk(logits, 6), 64)
+        overlap[layer] = float((chosen[1:] * chosen[:-1]).sum(axis=1).mean() / 6)
+    assert spread[0] == pytest.approx(0.41, rel=0.1)
+    assert spread[25] == pytest.approx(1.12, rel=0.1)
+    assert spread[57] == pytest.approx(1.55, rel=0.1)
+    assert overlap[0] < 0.16 < 0.24 < overlap[25]
+
+
+def test_one_layer_predicts_the_next() -> None:
+    """Latents are shared by layers: the best guess from layer l beats chance widely, as measured (section 5)."""
+    batch = Affinity(layer_profile=None).start(TrafficShape(2, 64, 6, 1), 0, 0)
+    tokens = batch.batch("train", 0, n_ranks=1, tokens_per_rank=12_000)
+    first, second = (selected(topk(tokens.tokens(layer, 0).logits, 6), 64) for layer in (0, 1))
+    train, test = slice(0, 8000), slice(8000, None)
+    given_first = first[train].T @ second[train] / np.maximum(first[train].sum(axis=0)[:, None], 1)
+    guess = topk(first[test] @ given_first, 6)
+    hits = np.take_along_axis(second[test], guess, axis=1).mean()
+    popular = second[test][:, np.argsort(-second[train].sum(axis=0))[:6]].mean()
+    assert hits > 0.35 and hits > 2 * popular
+
+
+def test_rank_zero_setting_of_published_3_1() -> None:
+    """z = popularity N(-1.5, 0.5) + 0.5 N(0, 1): unbalanced top-6 of 64 collapses (about 7 = [X] 7.15, one seed)."""
+    config = Affinity(
+        latent_rank=0, popularity_sd=0.5, iid_variance=0.25, logit_mean=-1.5, logit_scale=1.0, layer_profile=None
+    )
+    maxvios = []
+    for seed in range(4):
+        source = config.start(TrafficShape(1, 64, 6, 1), seed, 0)
+        logits = source.batch("train", 0, n_ranks=1, tokens_per_rank=4096).tokens(0, 0).logits
+        assert logits.mean() == pytest.approx(-1.5, abs=4 * 0.5 / 8)
+        per_expert = logits.mean(axis=0)
+        assert per_expert.std() == pytest.approx(0.5, abs=0.2)
+        assert (logits - per_expert).std() == pytest.approx(0.5, abs=0.01)
+        load = np.bincount(topk(logits, 6).ravel(), minlength=64)
+        maxvios.append(load.max() / load.mean() - 1)
+    assert 5 < np.mean(maxvios) < 9
+
+
+def test_profile_interpolates_between_its_knots() -> None:
+    profile = LayerProfile(depth=(0, 0.5, 1), logit_scale=(0, 1, 3), temporal=(0, 1, 1), topic=(2, 2, 2))
+    assert [profile.at(layer, 5)[0] for layer in range(5)] == [0, 0.5, 1, 2, 3]
+    assert profile.at(0, 1) == (1, 1, 2)
+
+
+# ---------------------------------------------------------------- replay
+
+E, K, LAYERS, TOKENS = 16, 3, 2, 60
+REPLAY_SHAPE = TrafficShape(n_moe_layers=LAYERS, n_routed_experts=E, num_experts_per_tok=K, ep_size=2)
+
+
+def good() -> dict[str, np.ndarray]:
+    rng = np.random.Generator(np.random.Philox(9))
+    ids = rng.permuted(np.broadcast_to(np.arange(E, dtype=np.uint8), (LAYERS, TOKENS, E)), axis=2)[..., :K].copy()
+    return {
+        "topk_ids": ids,
+        "topk_weights": rng.random((LAYERS, TOKENS, K)).astype(np.float16),
+        "seqlens": np.array([20, 40], dtype=np.int32),
+        "layers": np.array([3, 7], dtype=np.int32),
+    }
+
+
+def write(path: Path, arrays: dict[str, np.ndarray]) -> str:
+    np.savez_compressed(path, **arrays)
+    return str(path)
+
+
+@pytest.mark.parametrize("order", ["consecutive", "mixed"])
+@pytest.mark.parametrize("warmup", [0, 1])
+def test_replay_hands_out_the_array_once(tmp_path: Path, order: str, warmup: int) -> None:
+    arrays = good()
+    config = Replay.model_validate(
+        {"path": write(tmp_path / "t.npz", arrays), "tokens_per_rank": 10, "order": order, "warmup_steps": warmup}
+    )
+    assert config.provides == "ids" and config.topics == ("replay",)
+    source = config.start(REPLAY_SHAPE, 0, 0)
+    steps = [("warmup", s) for s in range(warmup)] + [("train", s) for s in range(3 - warmup)]
+    for layer in range(LAYERS):
+        parts = [
+            source.batch(phase, step, n_ranks=2, tokens_per_rank=10).tokens(layer, rank)
+            for phase, step in steps
+            for rank in range(2)
+        ]
+        ids = np.concatenate([p.topk_ids for p in parts])
+        weights = np.concatenate([p.topk_weights for p in parts])
+        assert ids.dtype == np.int16 and weights.dtype == np.float32 and parts[0].logits is None
+        where = np.arange(TOKENS)
+        if order == "mixed":
+            where = source.order  # type: ignore[attr-defined]
+            assert not np.array_equal(where, np.arange(TOKENS)) and np.array_equal(np.sort(where), np.arange(TOKENS))
+        assert np.array_equal(ids, arrays["topk_ids"][layer][where])
+        assert np.array_equal(weights, arrays["topk_weights"][layer][where].astype(np.float32))
+
+
+def test_replay_never_wraps(tmp_path: Path) -> None:
+    config = Replay(path=write(tmp_path / "t.npz", good()), tokens_per_rank=10)
+    source = config.start(REPLAY_SHAPE, 0, 0)
+    with pytest.raises(ValueError, match="holds 3 steps of 2 ranks x 10 tokens.* train step 3 asked for"):
+        source.batch("train", 3, n_ranks=2, tokens_per_rank=10)
+    with pytest.raises(ValueError, match=r"warm-up step 0 asked for, but traffic.warmup_steps keeps 0"):
+        source.batch("warmup", 0, n_ranks=2, tokens_per_rank=10)
+    with pytest.raises(ValueError, match="holds 0 steps"):
+        Replay(path=config.path, tokens_per_rank=31).start(REPLAY_SHAPE, 0, 0)
+    with pytest.raises(ValueError, match="2 layers, 2 ranks"):
+        source.batch("train", 0, n_ranks=2, tokens_per_rank=10).tokens(2, 0)
+
+
+def test_replay_chooses_layers_by_their_numbers(tmp_path: Path) -> None:
+    arrays = good()
+    path = write(tmp_path / "t.npz", arrays)
+    source = Replay(path=path, tokens_per_rank=10, layers=(7, 3)).start(REPLAY_SHAPE, 0, 0)
+    got = source.batch("train", 0, n_ranks=2, tokens_per_rank=10).tokens(0, 0).topk_ids
+    assert np.array_equal(got, arrays["topk_ids"][1, :10])
+    with pytest.raises(ValueError, match=r"layers: expected some of \[3, 7\], found \[9\]"):
+        Replay(path=path, tokens_per_rank=10, layers=(3, 9)).start(REPLAY_SHAPE, 0, 0)
+    with pytest.raises(ValueError, match=r"layers: expected 2 \(the model's\), found 1"):
+        Replay(path=path, tokens_per_rank=10, layers=(3,)).start(REPLAY_SHAPE, 0, 0)
+    with pytest.raises(ValueError, match=r"layers: expected 4 \(the model's\), found 2"):
+        Replay(path=path, tokens_per_rank=10).start(TrafficShape(4, E, K, 2), 0, 0)
+
+
+def altered(**change: np.ndarray) -> Callable[[Path], None]:
+    return lambda path: np.savez(path, **(good() | change))
+
+
+def with_value(name: str, index: tuple[int, ...], value: float) -> Callable[[Path], None]:
+    def make(path: Path) -> None:
+        arrays = good()
+        arrays[name] = arrays[name].astype(np.float32 if name == "topk_weights" else np.int64)
+        arrays[name][index] = value
+        np.savez(path, **arrays)
+
+    return make
+
+
+def raw_member(content: bytes, name: str = "topk_ids.npy", method: int = zipfile.ZIP_DEFLATED) -> Callable[[Path], None]:
+    def make(path: Path) -> None:
+        with zipfile.ZipFile(path, "w", method) as archive:
+            archive.writestr(name, content)
+
+    return make
+
+
+def header(shape: tuple[int, ...], dtype: str = "|u1") -> bytes:
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return file.getvalue()
+
+
+def cut(keep: float) -> Callable[[Path], None]:
+    def make(path: Path) -> None:
+        np.savez(path, **good())
+        path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
+
+    return make
+
+
+def flipped(path: Path) -> None:
+    """One byte of the data changed: the CRC must notice."""
+    np.savez(path, **good())
+    data = bytearray(path.read_bytes())
+    data[300] ^= 1
+    path.write_bytes(data)
+
+
+def twice(path: Path) -> None:
+    np.savez(path, **good())
+    with pytest.warns(UserWarning), zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("topk_ids.npy", b"")
+
+
+def many(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for i in range(70):
+            archive.writestr(f"{i}.npy", b"")
+
+
+def lying_bomb(path: Path) -> None:
+    """The directory declares the size the header needs, the stream inflates to 64 MiB."""
+    body = header((1, 60, 3)) + bytes(180)
+    raw_member(body + bytes(2**26))(path)
+    data = bytearray(path.read_bytes())
+    entry = data.rfind(b"PK\1\2")
+    struct.pack_into("<L", data, entry + 24, len(body))
+    path.write_bytes(data)
+
+
+def encrypted(path: Path) -> None:
+    raw_member(header((1, 60, 3)) + bytes(180))(path)
+    data = bytearray(path.read_bytes())
+    entry = data.rfind(b"PK\1\2")
+    for at in (6, entry + 8):
+        data[at] |= 1
+    path.write_bytes(data)
+
+
+REFUSALS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "object dtype": (altered(topk_ids=np.full((2, 60, 3), None, dtype=object)), "topk_ids: expected integers.*object"),
+    "float ids": (altered(topk_ids=np.zeros((2, 60, 3))), "topk_ids: expected integers, found dtype float64"),
+    "integer weights": (altered(topk_weights=np.ones((2, 60, 3), int)), "topk_weights: expected floats"),
+    "two dimensions": (altered(topk_ids=np.zeros((60, 3), int)), r"topk_ids: expected 3 dimensions, found shape \(60"),
+    "other k": (altered(topk_ids=np.zeros((2, 60, 4), int)), "topk_ids: expected 3 experts per token.*found 4"),
+    "no tokens": (altered(topk_ids=np.zeros((2, 0, 3), int)), "topk_ids: expected at least one layer and one token"),
+    "id too large": (with_value("topk_ids", (1, 5, 0), 16), r"topk_ids: expected ids in 0..15, found 16"),
+    "huge id": (with_value("topk_ids", (1, 5, 0), 2**40), r"topk_ids: expected ids in 0..15, found 1099511627776"),
+    "negative id": (with_value("topk_ids", (0, 0, 0), -1), r"topk_ids: expected ids in 0..15, found -1"),
+    "duplicate expert": (altered(topk_ids=np.zeros((2, 60, 3), int)), "topk_ids: expected distinct experts"),
+    "NaN weight": (with_value("topk_weights", (0, 1, 2), np.nan), "topk_weights: expected finite weights"),
+    "infinite weight": (with_value("topk_weights", (0, 1, 2), np.inf), "topk_weights: expected finite weights"),
+    "negative weight": (with_value("topk_weights", (0, 1, 2), -0.5), "topk_weights: expected weights of at least 0"),
+    "weight beyond float32": (altered(topk_weights=np.full((2, 60, 3), 1e300)), "topk_weights: expected weights up to"),
+    "weights of other shape": (altered(topk_weights=np.ones((2, 59, 3))), r"topk_weights: expected shape \(2, 60, 3\)"),
+    "seqlens do not sum": (altered(seqlens=np.array([20, 41])), r"seqlens: expected a sum of 60.*found 61"),
+    "seqlens overflow": (altered(seqlens=np.array([2**63, 2**63, 60], np.uint64)), "seqlens: expected a sum of 60"),
+    "negative seqlens": (altered(seqlens=np.array([-20, 80])), "seqlens: expected lengths of at least 0"),
+    "layers of other length": (altered(layers=np.arange(3)), r"layers: expected shape \(2,\), found \(3,\)"),
+    "layers repeated": (altered(layers=np.array([1, 1])), "layers: expected distinct"),
+    "other E": (altered(n_routed_experts=np.array(64)), "n_routed_experts: expected 16.*found 64"),
+    "no ids": (lambda path: np.savez(path, other=np.zeros(3)), "topk_ids: expected an array, found none.*other.npy"),
+    "not a zip": (lambda path: path.write_bytes(b"PICKLE" * 50), "expected an npz"),
+    "empty file": (lambda path: path.write_bytes(b""), "expected an npz"),
+    "missing file": (lambda path: None, "expected an npz file, found none"),
+    "a folder": (lambda path: path.mkdir(), "expected an npz file, found something else"),
+    "a pipe": (lambda path: os.mkfifo(path), "expected an npz file, found something else"),
+    "truncated half": (cut(0.5), "expected an npz"),
+    "truncated end": (cut(0.99), "expected an npz"),
+    "flipped bit": (flipped, "topk_ids: expected .* found a damaged member"),
+    "not an array": (raw_member(b"\x80\x04K\x01."), "topk_ids: expected a NumPy header"),
+    "empty member": (raw_member(b""), "topk_ids: expected a NumPy header"),
+    "header only": (raw_member(header((1, 60, 3))), "topk_ids: expected 308 bytes .* found 128 declared"),
+    "10^12 elements": (raw_member(header((10**6, 10**5, 10))), r"topk_ids: expected 1000000000128 bytes"),
+    "negative dimension": (raw_member(header((1, -60, 3))), "topk_ids: expected 3 dimensions"),
+    "wide header": (raw_member(header((1, 60, 3), "|u1" + " " * 20000)), "topk_ids: expected a NumPy header"),
+    "structured dtype": (altered(topk_ids=np.zeros((2, 60, 3), "i4,O")), "topk_ids: expected integers"),
+    "lying zip bomb": (lying_bomb, "topk_ids: "),
+    "other compression": (raw_member(header((1, 60, 3)), method=zipfile.ZIP_LZMA), "stored or deflated"),
+    "encrypted": (encrypted, "topk_ids: expected a stored or deflated member"),
+    "two of one name": (twice, "topk_ids: expected one array, found 2"),
+    "many members": (many, "expected at most 64 arrays, found 70"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_malformed_traces_are_refused_in_one_line(tmp_path: Path, case: str) -> None:
+    make, reason = REFUSALS[case]
+    path = tmp_path / "bad.npz"
+    make(path)
+    with pytest.raises(ValueError, match=reason) as caught:
+        read_trace(str(path), E, K)
+    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+
+
+def test_the_good_trace_is_accepted(tmp_path: Path) -> None:
+    """The control of the refusals: unaltered, stored, deflated, Fortran-ordered and big-endian files are all read."""
+    arrays = good()
+    for i, ids in enumerate((arrays["topk_ids"], np.asfortranarray(arrays["topk_ids"]), arrays["topk_ids"].astype(">i4"))):
+        np.savez(tmp_path / f"{i}.npz", **(arrays | {"topk_ids": ids}))
+        trace = read_trace(str(tmp_path / f"{i}.npz"), E, K)
+        assert np.array_equal(trace.topk_ids, arrays["topk_ids"]) and trace.layers == [3, 7]
+
+
+def test_a_declared_bomb_is_refused_before_its_data_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "bomb.npz"
+    np.savez_compressed(path, topk_ids=np.zeros((1, 2**20, 3), dtype=np.int64))
+    monkeypatch.setattr(tracefile, "_data", lambda *_: pytest.fail("data was read"))
+    limit = tracefile.Array("iu", 3)
+    with pytest.raises(ValueError, match="topk_ids: expected at most 1000000 bytes, found 25165952 declared"):
+        tracefile.read_npz(str(path), {"topk_ids": limit}, lambda _: None, max_array_bytes=1_000_000)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_any_damage_is_read_or_refused(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Random bytes changed anywhere: the same trace, or ValueError; never another exception."""
+    path = tmp_path_factory.getbasetemp() / "fuzz.npz"
+    np.savez(path, **good())
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 6))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content)
+    try:
+        trace = read_trace(str(path), E, K)
+    except ValueError:
+        return
+    assert trace.topk_ids.min() >= 0 and trace.topk_ids.max() < E
+
+
+def test_replay_conserves_the_counts_of_a_real_trace(shared: Path) -> None:
+    """DeepSeek-V2-Lite on law (ESFT): 8,327 tokens, 16 layers, E=64, k=6."""
+    path = shared / "data" / "esft_deepseek_v2_lite" / "law_layers1-16.npz"
+    shape = TrafficShape(n_moe_layers=16, n_routed_experts=64, num_experts_per_tok=6, ep_size=8)
+    for order in ("consecutive", "mixed"):
+        source = Replay.model_validate({"path": str(path), "tokens_per_rank": 128, "order": order}).start(shape, 0, 0)
+        batches = [source.batch("train", step, n_ranks=8, tokens_per_rank=128) for step in range(8)]
+        with pytest.raises(ValueError, match="holds 8 steps"):
+            source.batch("train", 8, n_ranks=8, tokens_per_rank=128)
+        with np.load(path) as raw:
+            recorded = raw["topk_ids"]
+        for layer in range(16):
+            load = sum(
+                np.bincount(batch.tokens(layer, rank).topk_ids.ravel(), minlength=64)
+                for batch in batches
+                for rank in range(8)
+            )
+            assert load.sum() == 8192 * 6
+            if order == "consecutive":
+                assert np.array_equal(load, np.bincount(recorded[layer, :8192].ravel(), minlength=64))
+            else:  # all but the 135 tokens left over
+                gap = np.bincount(recorded[layer].ravel(), minlength=64) - load
+                assert gap.min() >= 0 and gap.sum() == 135 * 6
+
+
+def test_digest_helper_would_notice_a_change() -> None:
+    """Negative control of the digests: one flipped bit of one logit changes the hash."""
+    logits = ask(Affinity(tokens_per_rank=8), 0, 0).logits
+    before = hashlib.sha256(logits.tobytes()).hexdigest()
+    logits.view(np.uint32)[3, 3] ^= 1
+    assert hashlib.sha256(logits.tobytes()).hexdigest() != before
