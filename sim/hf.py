@@ -49,16 +49,60 @@ _NORMALISE = ("norm_topk_prob", "moe_renormalize", "moe_normalize_expert_weights
 _SCORE = ("scoring_func", "score_function", "score_func", "expert_selection_fn", "moe_router_activation_func")
 _MTP = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
 _PATTERN = ("mlp_layer_types", "layers_block_type", "hybrid_override_pattern")
-_SAME_NAME = ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "o_lora_rank")
-_SAME_NAME += ("o_groups", "index_topk", "index_n_heads", "index_head_dim")
+_SAME_NAME = (
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_rope_head_dim",
+    "qk_nope_head_dim",
+    "v_head_dim",
+    "o_lora_rank",
+    "o_groups",
+    "index_topk",
+    "index_n_heads",
+    "index_head_dim",
+)
 
 # What a library's code fixes and its config does not say, by model_type (see _type).
-_SIGMOID = ("deepseek_v3", "deepseek_v32", "kimi_k2", "glm4_moe", "glm4v_moe", "glm_moe_dsa", "llama4", "minimax_m2")
-_SIGMOID += ("dots1", "afmoe", "minimax_m3_vl")
-_NORMALISED = ("mixtral", "gpt_oss", "minimax", "granitemoe", "granitemoeshared", "granitemoehybrid", "nllb-moe")
-_NORMALISED += ("ernie4_5_moe", "ernie4_5_vl_moe")
-_TWO_MATRICES = ("gpt2", "gptj", "gpt_neo", "gpt_neox", "gpt_bigcode", "mpt", "opt", "bloom", "falcon", "phi")
-_TWO_MATRICES += ("starcoder2", "nemotron", "nllb-moe", "switch_transformers")
+_SIGMOID = (
+    "deepseek_v3",
+    "deepseek_v32",
+    "kimi_k2",
+    "glm4_moe",
+    "glm4v_moe",
+    "glm_moe_dsa",
+    "llama4",
+    "minimax_m2",
+    "dots1",
+    "afmoe",
+    "minimax_m3_vl",
+)
+_NORMALISED = (
+    "mixtral",
+    "gpt_oss",
+    "minimax",
+    "granitemoe",
+    "granitemoeshared",
+    "granitemoehybrid",
+    "nllb-moe",
+    "ernie4_5_moe",
+    "ernie4_5_vl_moe",
+)
+_TWO_MATRICES = (
+    "gpt2",
+    "gptj",
+    "gpt_neo",
+    "gpt_neox",
+    "gpt_bigcode",
+    "mpt",
+    "opt",
+    "bloom",
+    "falcon",
+    "phi",
+    "starcoder2",
+    "nemotron",
+    "nllb-moe",
+    "switch_transformers",
+)
 _FOUR_TIMES = ("gpt2", "gptj", "gpt_neo", "gpt_bigcode", "bloom", "falcon", "mpt")  # default FFN width 4 h
 _ONE_SHARED = ("llama4",)
 _IMPLICIT_K = {"switch_transformers": 1, "nllb-moe": 2}
@@ -108,7 +152,7 @@ def _flatten(config: Mapping[str, Any]) -> dict[str, Any]:
         complete = _find(level, (*_LAYERS, "encoder_layers")) is not None and _find(level, _HIDDEN) is not None
         if inner is None or complete:
             break
-        outer = {key: level[key] for key in ("model_type", "tie_word_embeddings") if key in level}
+        outer: dict[str, Any] = {key: level[key] for key in ("model_type", "tie_word_embeddings") if key in level}
         level = outer | dict(inner)
     for key in ("ffn_config", "attn_config"):  # DBRX
         if isinstance(level.get(key), Mapping):
@@ -195,7 +239,9 @@ def _experts(c: Mapping[str, Any], experts: int, fields: Mapping[str, Any]) -> d
     if k is None:
         found = next(key for key in _EXPERTS if c.get(key) is not None)
         looked = ", ".join(_PER_TOKEN)
-        raise ValueError(f"config.json gives {experts} experts ({found}) but not how many a token uses: looked for {looked}")
+        raise ValueError(
+            f"config.json gives {experts} experts ({found}) but not how many a token uses: looked for {looked}"
+        )
     width = _need(c, (*_EXPERT_WIDTH, *_DENSE_WIDTH), "the expert width")
     shared, shared_width = _int(c, _SHARED), _int(c, _SHARED_WIDTH)
     if shared is None:
@@ -250,11 +296,12 @@ def _layer_pattern(c: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str,
 
 def _listed(sparse: Sequence[int], layers: int) -> dict[str, Any]:
     """A list of expert layers as the shortest rule that gives it."""
-    sparse = sorted(set(sparse))
+    chosen = frozenset(sparse)
+    sparse = sorted(chosen)
     first = sparse[0] if sparse else layers
     if sparse == list(range(first, layers)):
         return {"first_k_dense_replace": first}
     step = sparse[1] - sparse[0] if len(sparse) > 1 else layers
     if first < step and sparse == list(range(first, layers, step)):
         return {"moe_layer_freq": step, "moe_layer_offset": first}
-    return {"mlp_only_layers": tuple(i for i in range(layers) if i not in sparse)}
+    return {"mlp_only_layers": tuple(i for i in range(layers) if i not in chosen)}

@@ -116,6 +116,13 @@ def validate(model_cls: type[M], data: dict[str, Any], marks: Mapping[KeyPath, M
     raise ScenarioError([problem for _, problem in located])
 
 
+def problem(data: Any, marks: Mapping[KeyPath, Mark], path: KeyPath, rule: str) -> Problem:
+    """The problem of breaking ``rule`` at ``path``, placed at the deepest part of the path that has a mark."""
+    value = _get(data, path)
+    got = "" if value is None or isinstance(value, dict | list) else short(value)
+    return Problem(str(_deepest(path, marks)), dotted(path), rule, got)
+
+
 def _deepest(path: KeyPath, marks: Mapping[KeyPath, Mark]) -> Mark:
     while path and path not in marks:
         path = path[:-1]
@@ -158,8 +165,7 @@ def _explain(model_cls: type[BaseModel], data: Any, detail: ErrorDetails) -> tup
         tag = context["discriminator"].strip("'")
         if kind == "union_tag_not_found":
             return path, Problem("", dotted(path), f"needs the key {tag}")
-        if _has(at, tag):
-            path, at = (*path, tag), at[tag]
+        path, at = (*path, tag), _get(at, (tag,))
         rule, hint = f"must be one of {', '.join(choices)}", nearest(context["tag"], choices)
     elif kind in _RULES:
         rule = _RULES[kind].format_map(context)

@@ -1,7 +1,7 @@
 """Geometry of a transformer with Mixture-of-Experts layers: parameters, FLOPs and cache bytes from its sizes.
 
-Knows sizes only: nothing about devices, number formats (bytes per element are arguments) or routing decisions. The sizes
-and the rules between them are in `sim.shape`; other spellings of their names are read by `sim.hf`.
+Knows sizes only: nothing about devices, number formats (bytes per element are arguments) or routing decisions. The
+sizes and the rules between them are in `sim.shape`; other spellings of their names are read by `sim.hf`.
 
 Counting rules, the same everywhere. Matrices only: biases, norms and position tables are left out (below 0.1 % in every
 model shipped). A matrix of P parameters costs 2 P FLOP per token forward; training costs three times the forward pass.
@@ -11,6 +11,7 @@ The input embedding is a lookup: parameters but no FLOPs. Reference: DeepSeek-V3
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -46,7 +47,7 @@ class Parts:
 
     @property
     def total(self) -> float:
-        return sum(getattr(self, name) for name in self.__slots__)
+        return float(sum(getattr(self, name) for name in self.__slots__))
 
     def __add__(self, other: Parts) -> Parts:
         return Parts(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))
@@ -157,7 +158,8 @@ class Model(Shape):
     def layer_parameters(self, layer: int) -> Parts:
         """Parameters of one layer by part. Raises IndexError outside 0..num_hidden_layers-1."""
         attention = self.attention_parameters * (2 if self._has_cross_attention(layer) else 1)
-        if layer in self.moe_layers:
+        at = bisect_left(self.moe_layers, layer)
+        if at < self.n_moe_layers and self.moe_layers[at] == layer:
             return Parts(
                 attention_projection=attention,
                 routed_experts=self.n_routed_experts * self.expert_parameters,
@@ -213,8 +215,9 @@ class Model(Shape):
     def attention_core_flops(self, positions: float, *, absorbed: bool = False) -> float:
         """Forward FLOP of scores and weighted values of one token that attends to ``positions`` cached positions.
 
-        Per head 2 (d_qk + d_v) per position. ``absorbed`` is MLA's decode form (DeepSeek-V2 section 2.1.2: up-projections
-        folded into query and output), 2 (2 kv_lora_rank + qk_rope_head_dim). No window or indexer is applied here.
+        Per head 2 (d_qk + d_v) per position. ``absorbed`` is MLA's decode form (DeepSeek-V2 section 2.1.2:
+        up-projections folded into query and output), 2 (2 kv_lora_rank + qk_rope_head_dim). No window or
+        indexer is applied here.
         """
         width = self._qk_dim + self._v_dim
         if absorbed and self.kv_lora_rank:

@@ -1,17 +1,19 @@
 """The sizes that describe a model, and the rules between them. What follows from the sizes is in `sim.model`.
 
-Keys are Hugging Face's canonical names (DeepSeek's where spellings differ). Each broken rule is reported at the field it
-concerns, all of them at once: rules are field validators that look at the fields above their own (pydantic's
+Keys are Hugging Face's canonical names (DeepSeek's where spellings differ). Each broken rule is reported at the field
+it concerns, all of them at once: rules are field validators that look at the fields above their own (pydantic's
 ``info.data``, which lacks a field whose own rule failed).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
+
+T = TypeVar("T")
 
 Count = Annotated[int, Field(strict=True, ge=0, le=10**7)]
 Size = Annotated[int, Field(strict=True, ge=1, le=10**7)]
@@ -89,13 +91,13 @@ class Shape(BaseModel):
     num_attention_heads: Size
     num_key_value_heads: Size | None = None
     """Null means one per query head (MHA)."""
-    head_dim: Size | None = None
-    """Null means hidden_size / num_attention_heads."""
     q_lora_rank: Size | None = None
     kv_lora_rank: Size | None = None
     qk_rope_head_dim: Count | None = None
     qk_nope_head_dim: Size | None = None
     v_head_dim: Size | None = None
+    head_dim: Size | None = None
+    """Null means hidden_size / num_attention_heads; not used by MLA."""
     attention_k_eq_v: bool = False
     """Keys and values are one vector (DeepSeek-V4, Gemma 4)."""
     o_lora_rank: Size | None = None
@@ -123,9 +125,8 @@ class Shape(BaseModel):
     @classmethod
     def _encoder(cls, value: int, info: ValidationInfo) -> int:
         layers = info.data.get("num_hidden_layers")
-        return _rule(
-            value, layers is None or value < layers, "must be below num_hidden_layers ({layers})", layers=layers
-        )
+        fits = layers is None or value < layers
+        return _rule(value, fits, "must be below num_hidden_layers ({layers})", layers=layers)
 
     @field_validator("num_experts_per_tok")
     @classmethod
@@ -154,7 +155,7 @@ class Shape(BaseModel):
     @classmethod
     def _groups(cls, value: int, info: ValidationInfo) -> int:
         experts = info.data.get("n_routed_experts")
-        fits = experts is None or experts % value == 0 and (experts > 0 or value == 1)
+        fits = experts is None or (experts % value == 0 and (experts > 0 or value == 1))
         return _rule(value, fits, "must divide n_routed_experts ({experts})", experts=experts)
 
     @field_validator("topk_group")
@@ -202,36 +203,27 @@ class Shape(BaseModel):
         fits = value is None or heads is None or heads % value == 0
         return _rule(value, fits, "must divide num_attention_heads ({heads})", heads=heads)
 
-    @field_validator("kv_lora_rank")
-    @classmethod
-    def _head_width(cls, value: int | None, info: ValidationInfo) -> int | None:
-        # Here, not at head_dim, because only a model without MLA needs head_dim.
-        hidden, heads = info.data.get("hidden_size"), info.data.get("num_attention_heads")
-        if (
-            value is not None
-            or "head_dim" not in info.data
-            or info.data["head_dim"] is not None
-            or not hidden
-            or not heads
-        ):
-            return value
-        rule = "null (no MLA) needs head_dim: hidden_size {hidden} is not a multiple of num_attention_heads {heads}"
-        return _rule(value, hidden % heads == 0, rule, hidden=hidden, heads=heads)
-
     @field_validator("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
     @classmethod
     def _mla(cls, value: int | None, info: ValidationInfo) -> int | None:
-        return _rule(
-            value, info.data.get("kv_lora_rank") is None or value is not None, "is needed with kv_lora_rank (MLA)"
-        )
+        mla = info.data.get("kv_lora_rank") is not None
+        return _rule(value, not mla or value is not None, "is needed with kv_lora_rank (MLA)")
+
+    @field_validator("head_dim")
+    @classmethod
+    def _head_width(cls, value: int | None, info: ValidationInfo) -> int | None:
+        hidden, heads = info.data.get("hidden_size"), info.data.get("num_attention_heads")
+        if value is not None or info.data.get("kv_lora_rank", 0) is not None or not hidden or not heads:
+            return value
+        rule = "is needed: hidden_size ({hidden}) is not a multiple of num_attention_heads ({heads})"
+        return _rule(value, hidden % heads == 0, rule, hidden=hidden, heads=heads)
 
     @field_validator("o_groups")
     @classmethod
     def _output_groups(cls, value: int, info: ValidationInfo) -> int:
         heads = info.data.get("num_attention_heads")
-        return _rule(
-            value, heads is None or heads % value == 0, "must divide num_attention_heads ({heads})", heads=heads
-        )
+        fits = heads is None or heads % value == 0
+        return _rule(value, fits, "must divide num_attention_heads ({heads})", heads=heads)
 
     @field_validator("index_n_heads", "index_head_dim")
     @classmethod
@@ -257,12 +249,13 @@ def expert_layers(fields: Mapping[str, Any]) -> tuple[int, ...] | None:
     layers, encoder, experts, first, freq, offset, dense = (fields[key] for key in PATTERN)
     if experts == 0:
         return ()
+    listed = frozenset(dense)
     position = [layer if layer < encoder else layer - encoder for layer in range(layers)]
-    return tuple(i for i, p in enumerate(position) if p >= first and p % freq == offset and i not in dense)
+    return tuple(i for i, p in enumerate(position) if p >= first and p % freq == offset and i not in listed)
 
 
-def _rule(value: Any, holds: bool, rule: str, **context: Any) -> Any:
+def _rule(value: T, holds: bool, rule: str, **context: Any) -> T:
     """Return ``value``, or fail at the field being validated with ``rule`` as the whole message."""
     if not holds:
-        raise PydanticCustomError("geometry", rule, context)  # type: ignore[arg-type]
+        raise PydanticCustomError("geometry", rule, context)
     return value

@@ -9,7 +9,6 @@ duplicate keys, numbers that are not finite, integers beyond 64 bits, several do
 from __future__ import annotations
 
 import bisect
-import io
 import json
 import math
 import os
@@ -129,6 +128,8 @@ def parse_json(text: str, start: Mark, real: str, convert: Convert | None) -> No
     if convert is not None:
         try:
             data = convert(data, pathlib.Path(real))
+        except RecursionError:
+            raise refuse(f"is nested more than {MAX_DEPTH} levels deep") from None
         except ValueError as error:
             raise refuse(str(error)) from None
     ends = [-1, *(found.start() for found in re.finditer("\n", text))]
@@ -153,12 +154,12 @@ def _check(node: Node, path: KeyPath, problems: list[Problem]) -> None:
         items = node.value.items() if isinstance(node.value, dict) else enumerate(node.value)
         for part, child in items:
             _check(child, (*path, part), problems)
-    elif rule := _bad(node.value):
+    elif rule := bad_scalar(node.value):
         problems.append(Problem(str(node.mark), dotted(path), rule, short(node.value)))
 
 
-def _bad(value: Any) -> str:
-    """What is wrong with a scalar, or ``""``."""
+def bad_scalar(value: Any) -> str:
+    """What is wrong with a scalar of any file, or ``""``."""
     if isinstance(value, float) and not math.isfinite(value):
         return "must be a finite number"
     if isinstance(value, int) and not -(2**63) <= value < 2**64:
@@ -170,19 +171,14 @@ def _bad(value: Any) -> str:
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _TAG = "tag:yaml.org,2002:"
-_CORE_TAGS = {
-    _TAG + "str": str,
-    _TAG + "int": int,
-    _TAG + "float": float,
-    _TAG + "bool": bool,
-    _TAG + "null": type(None),
-}
+_CORE = {"str": str, "int": int, "float": float, "bool": bool, "null": type(None)}
 _NULL = re.compile(r"|~|null|Null|NULL")
 _BOOL = re.compile(r"(true|True|TRUE)|false|False|FALSE")
 _INT = re.compile(r"([-+]?[0-9]+)|0o([0-7]+)|0x([0-9a-fA-F]+)")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
-_NEST = re.compile(r"(?:[\[{]\s*)" + f"{{{MAX_DEPTH + 2}}}")  # ruamel would look a thousand characters ahead
+# So many brackets without one that closes; ruamel would look a thousand characters ahead at each of them.
+_NEST = re.compile(r"(?:[\[{][^\[\]{}'\"#]*)" + f"{{{MAX_DEPTH + 2}}}")
 
 
 def _core(text: str) -> Any:
@@ -239,7 +235,7 @@ class _Builder:
         return self._mark(before.count("\n"), len(before) - before.rfind("\n") - 1)
 
     def _say(self, mark: Mark, path: KeyPath, rule: str, got: str = "") -> None:
-        self.problems.append(Problem(str(mark), dotted(path), rule, got))
+        self.problems.append(Problem(str(mark), dotted(path), rule, got[:60]))
 
     def _stop(self, mark: Mark, path: KeyPath, rule: str, got: str = "") -> None:
         self._say(mark, path, rule, got)
@@ -254,7 +250,8 @@ class _Builder:
         except MarkedYAMLError as error:
             place = error.problem_mark or error.context_mark
             mark = self._mark(place.line, place.column) if place else self.last
-            self._stop(mark, (), _reworded(error.problem or error.context or "", error.context_mark))
+            begun = error.context_mark.line + 1 if error.context_mark and self.start.line else 0
+            self._stop(mark, (), _reworded(error.problem or error.context or "", begun))
         except ReaderError as error:
             self._stop(self._index(error.position), (), f"the character U+{ord_of(error.character):04X} is not allowed")
         except Exception as error:  # ruamel lets OverflowError and others escape on odd text
@@ -267,7 +264,7 @@ class _Builder:
         here = self.last
         mark = mark or here
         if len(path) > MAX_DEPTH:
-            self._stop(here, path, f"is nested more than {MAX_DEPTH} levels deep")
+            self._stop(here, (), f"is nested more than {MAX_DEPTH} levels deep")
         self.nodes += 1
         self.deepest = max(self.deepest, len(path))
         kind, anchor = type(event).__name__, event.anchor
@@ -300,7 +297,7 @@ class _Builder:
         if self.nodes > MAX_NODES:
             self._stop(here, path, f"aliases expand to more than {MAX_NODES} values")
         if self.deepest > MAX_DEPTH:
-            self._stop(here, path, f"is nested more than {MAX_DEPTH} levels deep")
+            self._stop(here, (), f"is nested more than {MAX_DEPTH} levels deep")
         return value
 
     def _scalar(self, event: Any, path: KeyPath, here: Mark) -> Any:
@@ -308,7 +305,7 @@ class _Builder:
         value = _core(text) if event.implicit[0] else text
         if event.ctag is not None:
             tag = str(event.ctag)
-            typed = _CORE_TAGS.get(tag)
+            typed = _CORE.get(tag.removeprefix(_TAG)) if tag.startswith(_TAG) else None
             if typed is None:
                 self._say(here, path, "tags are not supported", tag)
                 return text
@@ -317,7 +314,7 @@ class _Builder:
                 value = float(value)
             if type(value) is not typed:
                 self._say(here, path, f"is not what its tag {tag.removeprefix(_TAG)} says", short(text))
-        if rule := _bad(value):
+        if rule := bad_scalar(value):
             self._say(here, path, rule, short(text) if isinstance(value, str) else text[:60])
         return value
 
@@ -331,7 +328,10 @@ class _Builder:
         found: dict[str, Node] = {}
         while type(event := self._next()).__name__ != "MappingEndEvent":
             here = self.last
-            plain = type(event).__name__ == "ScalarEvent" and event.implicit[0]
+            kind = type(event).__name__
+            if kind in ("SequenceStartEvent", "MappingStartEvent"):
+                self._stop(here, path, "keys must be text, not lists or mappings")
+            plain = kind == "ScalarEvent" and event.implicit[0]
             key = to_plain(self._node(event, path, here))
             self.nodes -= 1  # a key and its value are one node
             if plain and event.value == "<<":
@@ -362,41 +362,11 @@ _WORDS = (
 )
 
 
-def _reworded(problem: str, context: Any) -> str:
+def _reworded(problem: str, begun: int) -> str:
     for theirs, ours in _WORDS:
         if theirs in problem:
             character = re.search(r"found character ('.*?'|\".*?\")", problem)
             problem = f"{character[1]} {ours}" if character and "token" in theirs else ours
             break
-    since = f" (begun at line {context.line + 1})" if context is not None else ""
+    since = f" (begun at line {begun})" if begun else ""
     return f"not valid YAML: {' '.join(problem.split())}{since}"
-
-
-_BARE = re.compile(r"(?!(?:true|false|null|yes|no|on|off|y|n)$)[A-Za-z][\w./-]*( [\w./-]+)*", re.IGNORECASE | re.ASCII)
-
-
-def dump(data: Any) -> str:
-    """Block-style YAML of plain data, keys in their own order; reading it gives the same data back.
-
-    Raises ValueError for numbers that are not finite.
-    """
-    from ruamel.yaml import YAML
-    from ruamel.yaml.scalarstring import DoubleQuotedScalarString
-
-    def quoted(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {quoted(key): quoted(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [quoted(item) for item in value]
-        if rule := _bad(value):
-            raise ValueError(f"{rule} [got {short(value)}]")
-        # Every text that might be read as something else is quoted.
-        return DoubleQuotedScalarString(value) if isinstance(value, str) and not _BARE.fullmatch(value) else value
-
-    yaml = YAML(typ="rt", pure=True)
-    yaml.default_flow_style = False
-    yaml.width = 2**30
-    yaml.representer.ignore_aliases = lambda _: True
-    stream = io.StringIO()
-    yaml.dump(quoted(data), stream)
-    return stream.getvalue()

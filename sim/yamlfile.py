@@ -11,6 +11,7 @@ of the first file.
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ from sim.syntax import (
     MAX_NODES,
     Convert,
     Node,
-    dump,
+    bad_scalar,
     from_plain,
     parse_json,
     parse_yaml,
@@ -34,10 +35,22 @@ from sim.syntax import (
     to_plain,
 )
 
-__all__ = ["Document", "Mark", "Problem", "ScenarioError", "apply_overrides", "document", "dump", "read", "validate"]
+__all__ = [
+    "Document",
+    "Mark",
+    "Problem",
+    "ScenarioError",
+    "apply_overrides",
+    "document",
+    "dotted",
+    "dump",
+    "read",
+    "validate",
+]
 
 MAX_CHAIN = 20
 M = TypeVar("M", bound=BaseModel)
+_BARE = re.compile(r"(?!(?:true|false|null|yes|no|on|off|y|n)$)[A-Za-z][\w./-]*( [\w./-]+)*", re.IGNORECASE | re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -53,6 +66,10 @@ class Document:
     _tree: Node = field(repr=False)
     _library: _Library = field(repr=False)
 
+    def problem(self, path: KeyPath, rule: str) -> Problem:
+        """A `Problem` for checks made after validation, at the deepest key of ``path`` that the document has."""
+        return located.problem(self.data, self.marks, path, rule)
+
 
 def read(
     path: str | os.PathLike[str],
@@ -66,7 +83,7 @@ def read(
 
     root: folder that files named in a file may not leave (default: the folder of ``path``) unless ``allow_outside``.
     references: keys, at the top level and in the items of top-level lists, whose text names a file.
-    convert: makes our keys of a referenced ``.json`` file: ``convert(data, real_path)``; a ValueError is reported.
+    convert: makes our keys of a referenced ``.json`` file: ``convert(data, path)``; its ValueError is reported.
 
     Raises ScenarioError with every problem found (after a syntax error the rest of that file is not read).
     """
@@ -84,7 +101,7 @@ def document(
     convert: Convert | None = None,
 ) -> Document:
     """Make a `Document` of plain data, as if read from a file; its file names are relative to the current folder."""
-    return _Library(frozenset(references), convert, True).resolve(from_plain(data, Mark(name)))
+    return _Library(frozenset(references), convert, False).resolve(from_plain(data, Mark(name)))
 
 
 def apply_overrides(document: Document, overrides: Sequence[str]) -> Document:
@@ -112,7 +129,10 @@ def apply_overrides(document: Document, overrides: Sequence[str]) -> Document:
             new = parse_yaml(value, mark) or Node(None, mark)
             tree = library.put(tree, path, new, ())
         except ScenarioError as error:
-            problems += [problem._replace(path=problem.path or dotted(path)) for problem in error.problems]
+            for problem in error.problems:
+                problems.append(
+                    problem if problem.path or problem.where != shown else problem._replace(path=dotted(path))
+                )
     if problems:
         raise ScenarioError(list(dict.fromkeys(problems)))
     return library.resolve(tree)
@@ -121,6 +141,33 @@ def apply_overrides(document: Document, overrides: Sequence[str]) -> Document:
 def validate(model_cls: type[M], document: Document) -> M:
     """Return the document as a ``model_cls``; raises ScenarioError with every problem (see `sim.located.validate`)."""
     return located.validate(model_cls, document.data, document.marks)
+
+
+def dump(data: Any) -> str:
+    """Block-style YAML of plain data, keys in their own order; reading it gives the same data back.
+
+    Raises ValueError for numbers that are not finite.
+    """
+    from ruamel.yaml import YAML
+    from ruamel.yaml.scalarstring import DoubleQuotedScalarString
+
+    def quoted(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {quoted(key): quoted(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [quoted(item) for item in value]
+        if rule := bad_scalar(value):
+            raise ValueError(f"{rule} [got {short(value)}]")
+        # Every text that might be read as something else is quoted.
+        return DoubleQuotedScalarString(value) if isinstance(value, str) and not _BARE.fullmatch(value) else value
+
+    yaml = YAML(typ="rt", pure=True)
+    yaml.default_flow_style = False
+    yaml.width = 2**30
+    yaml.representer.ignore_aliases = lambda _: True
+    stream = io.StringIO()
+    yaml.dump(quoted(data), stream)
+    return stream.getvalue()
 
 
 # --- joining files ---
@@ -133,7 +180,7 @@ class _Library:
     references: frozenset[str]
     convert: Convert | None
     allow_outside: bool
-    trees: dict[str, Node | None] = field(default_factory=dict)  # by real path; None = unreadable, already reported
+    trees: dict[str, Node | ScenarioError] = field(default_factory=dict)  # by real path
     homes: dict[str, tuple[str, str]] = field(default_factory=dict)  # shown name: (folder as written, real root)
     first: str = ""
 
@@ -180,10 +227,8 @@ class _Library:
         if not isinstance(node.value, dict) or "extends" not in node.value:
             return node, chain
         own = {key: child for key, child in node.value.items() if key != "extends"}
-        found = self._follow(node.value["extends"], path, chain)
-        if found is None:
-            return Node(own, node.mark), chain
-        base, chain = self.flatten(Node(found[0].value, node.mark), path, (*chain, found[1]))
+        tree, real = self._follow(node.value["extends"], path, chain)
+        base, chain = self.flatten(Node(tree.value, node.mark), path, (*chain, real))
         return Node(self._merge(base.value, own, path), node.mark), chain
 
     def put(self, node: Node, keys: tuple[str, ...], new: Node, path: KeyPath) -> Node:
@@ -229,8 +274,8 @@ class _Library:
             merged[key] = node
         return merged
 
-    def _follow(self, name: Node, path: KeyPath, chain: tuple[str, ...]) -> tuple[Node, str] | None:
-        """The tree of the file that ``name`` names and its real path; None if that file was already refused."""
+    def _follow(self, name: Node, path: KeyPath, chain: tuple[str, ...]) -> tuple[Node, str]:
+        """The tree of the file that ``name`` names and its real path."""
 
         def refuse(rule: str, hint: str = "") -> ScenarioError:
             return ScenarioError([Problem(str(name.mark), dotted(path) or "extends", rule, short(name.value), hint)])
@@ -246,7 +291,7 @@ class _Library:
             raise refuse("is not a usable file name") from None
         if trusted:
             root = os.path.dirname(real)
-        elif not self.allow_outside and os.path.commonpath([real, root]) != root:
+        elif not self.allow_outside and real != root and not real.startswith(os.path.join(root, "")):
             raise refuse(f"leaves the folder {_shown(root)}: files named in a file must stay inside it")
         if real in chain:
             circle = [_shown(file) for file in (*chain[chain.index(real) :], real)]
@@ -259,10 +304,16 @@ class _Library:
                 if os.path.isdir(folder):
                     near = nearest(os.path.basename(real), sorted(os.listdir(folder)))
                 raise refuse("no such file", near)
-            self.trees[real] = None
-            self.trees[real] = self._file(given, real, (os.path.dirname(given), root), self.convert)
+            if not os.path.isfile(real):
+                raise refuse("is not a file")
+            try:
+                self.trees[real] = self._file(given, real, (os.path.dirname(given), root), self.convert)
+            except ScenarioError as error:
+                self.trees[real] = error
         tree = self.trees[real]
-        return None if tree is None else (tree, real)
+        if isinstance(tree, ScenarioError):
+            raise ScenarioError(tree.problems)
+        return tree, real
 
     def _file(self, given: str, real: str, home: tuple[str, str], convert: Convert | None) -> Node:
         name = _shown(given)
@@ -284,6 +335,6 @@ def _shown(path: str) -> str:
     try:
         relative = os.path.relpath(path)
     except (OSError, ValueError):
-        relative = path
+        relative = path or "."
     inside = relative != ".." and not relative.startswith(".." + os.sep)
     return (relative if inside else os.path.normpath(path)).replace(os.sep, "/")

@@ -1,9 +1,10 @@
-"""Traffic: laws of the generator (determinism, equal bits, statistics of section 8) and of replay (slices, refusals)."""
+"""Traffic: laws of the generator (determinism, equal bits, measured statistics) and of replay (slices, refusals)."""
 
 from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import os
 import struct
 import subprocess
@@ -30,7 +31,9 @@ ROOT = Path(__file__).resolve().parents[1]
 SHAPE = TrafficShape(n_moe_layers=4, n_routed_experts=32, num_experts_per_tok=4, ep_size=4)
 
 
-def ask(config: Affinity, layer: int, rank: int, *, phase: str = "train", step: int = 0, seed: int = 0, replica: int = 0):
+def ask(
+    config: Affinity, layer: int, rank: int, *, phase: str = "train", step: int = 0, seed: int = 0, replica: int = 0
+):
     batch = config.start(SHAPE, seed, replica).batch(phase, step, n_ranks=4, tokens_per_rank=config.tokens_per_rank)
     return batch.tokens(layer, rank)
 
@@ -295,7 +298,7 @@ def test_mixture_sums_to_one_at_every_step(weights: list[float], step: int) -> N
     shares = mixture(found, shifts, step)
     assert min(shares) >= 0 and np.isclose(sum(shares), 1)
     sums = cumulative(shares)
-    assert sums[-1] == 1 and all(b >= a for a, b in zip(sums, sums[1:], strict=False))
+    assert sums[-1] == 1 and all(b >= a for a, b in itertools.pairwise(sums))
     if step >= 120:
         assert shares[-1] == 1
     if 60 <= step < 120:
@@ -541,7 +544,7 @@ def test_replay_hands_out_the_array_once(tmp_path: Path, order: str, warmup: int
 def test_replay_never_wraps(tmp_path: Path) -> None:
     config = Replay(path=write(tmp_path / "t.npz", good()), tokens_per_rank=10)
     source = config.start(REPLAY_SHAPE, 0, 0)
-    with pytest.raises(ValueError, match="holds 3 steps of 2 ranks x 10 tokens.* train step 3 asked for"):
+    with pytest.raises(ValueError, match=r"holds 3 steps of 2 ranks x 10 tokens.* train step 3 asked for"):
         source.batch("train", 3, n_ranks=2, tokens_per_rank=10)
     with pytest.raises(ValueError, match=r"warm-up step 0 asked for, but traffic.warmup_steps keeps 0"):
         source.batch("warmup", 0, n_ranks=2, tokens_per_rank=10)
@@ -579,7 +582,9 @@ def with_value(name: str, index: tuple[int, ...], value: float) -> Callable[[Pat
     return make
 
 
-def raw_member(content: bytes, name: str = "topk_ids.npy", method: int = zipfile.ZIP_DEFLATED) -> Callable[[Path], None]:
+def raw_member(
+    content: bytes, name: str = "topk_ids.npy", method: int = zipfile.ZIP_DEFLATED
+) -> Callable[[Path], None]:
     def make(path: Path) -> None:
         with zipfile.ZipFile(path, "w", method) as archive:
             archive.writestr(name, content)
@@ -699,7 +704,9 @@ def test_malformed_traces_are_refused_in_one_line(tmp_path: Path, case: str) -> 
 def test_the_good_trace_is_accepted(tmp_path: Path) -> None:
     """The control of the refusals: unaltered, stored, deflated, Fortran-ordered and big-endian files are all read."""
     arrays = good()
-    for i, ids in enumerate((arrays["topk_ids"], np.asfortranarray(arrays["topk_ids"]), arrays["topk_ids"].astype(">i4"))):
+    for i, ids in enumerate(
+        (arrays["topk_ids"], np.asfortranarray(arrays["topk_ids"]), arrays["topk_ids"].astype(">i4"))
+    ):
         np.savez(tmp_path / f"{i}.npz", **(arrays | {"topk_ids": ids}))
         trace = read_trace(str(tmp_path / f"{i}.npz"), E, K)
         assert np.array_equal(trace.topk_ids, arrays["topk_ids"]) and trace.layers == [3, 7]

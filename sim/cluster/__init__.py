@@ -47,7 +47,8 @@ class Topology(Plugin):
     def route(self, cluster: Cluster, source: int, target: int) -> list[str] | None:
         """Return the node names from device ``source`` to ``target``; None asks for a shortest path of the graph.
 
-        A rule must give a path as short as the graph's, and the reverse nodes for the reverse pair.
+        A rule gives the shortest path that no third device relays. `build_network` asks for source < target only and
+        reverses it for the mirrored pair.
         """
         return None
 

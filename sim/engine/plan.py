@@ -28,7 +28,10 @@ STREAMS: tuple[Stream, Stream] = ("compute", "communication")
 
 # Names that `sim.engine.accounting.breakdown` gives to idle time.
 IDLE_PARTS = ("exposed_communication", "waiting")
-_LATEST_PS = 2**62
+
+# No time of a valid plan reaches the first; the second stays below every time whatever one adds to it.
+LATEST_PS = 2**62
+NEVER_PS = -(2**62)
 
 
 class EventOrder(IntEnum):
@@ -95,8 +98,8 @@ class Plan:
             except ValueError as error:
                 raise ValueError(f"ops[{index}] ({op.phase!r}, layer {op.layer}): {error}") from None
         # Fully serial execution is an upper bound of every time, so this excludes overflow in both engines.
-        if longest_ps >= _LATEST_PS:
-            raise ValueError(f"the plan may last {longest_ps} ps; the clock holds less than {_LATEST_PS} ps (53 days)")
+        if longest_ps >= LATEST_PS:
+            raise ValueError(f"the plan may last {longest_ps} ps; the clock holds less than {LATEST_PS} ps (53 days)")
 
 
 def _checked(index: int, op: Op, n_ranks: int) -> int:

@@ -102,8 +102,12 @@ class _Header:
 
 
 def _open(archive: zipfile.ZipFile, info: zipfile.ZipInfo, where: str) -> IO[bytes]:
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{where}: expected a stored or deflated member, found compression {info.compress_type}")
     try:
         return archive.open(info)
+    except zipfile.BadZipFile as error:  # the member's own header disagrees with the directory
+        raise ValueError(f"{where}: expected a whole member, found {error}") from None
     except (NotImplementedError, RuntimeError) as error:  # unknown compression; encrypted
         raise ValueError(f"{where}: expected a stored or deflated member, found {error}") from None
 
@@ -122,7 +126,9 @@ def _header(archive: zipfile.ZipFile, info: zipfile.ZipInfo, where: str, expecte
             raise ValueError(f"{where}: expected a whole member, found a damaged member ({error})") from None
         except (ValueError, TypeError, SyntaxError, EOFError, RecursionError, MemoryError) as error:
             # NumPy's own message can run over several lines.
-            raise ValueError(f"{where}: expected a NumPy header, found {(str(error) or 'nothing').splitlines()[0]}") from None
+            raise ValueError(
+                f"{where}: expected a NumPy header, found {(str(error) or 'nothing').splitlines()[0]}"
+            ) from None
         start = file.tell()
     if dtype.hasobject or dtype.kind not in expected.kinds:
         raise ValueError(f"{where}: expected {_KINDS[expected.kinds]}, found dtype {dtype}")

@@ -1,0 +1,45 @@
+"""Every plug-in by family, and the JSON Schema of scenario files; both made from the registration rule."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from sim.cluster import Topology
+from sim.cost import CommunicationCost, ComputeCost
+from sim.gating.balance import Balance
+from sim.gating.capacity import Capacity
+from sim.gating.score import Score
+from sim.gating.select import Select
+from sim.placement import Placement
+from sim.plugin import Plugin, members
+from sim.traffic import Traffic
+
+FAMILIES: dict[str, type[Plugin]] = {
+    "policies[].score": Score,
+    "policies[].select": Select,
+    "policies[].balance": Balance,
+    "policies[].capacity": Capacity,
+    "policies[].placement": Placement,
+    "traffic": Traffic,
+    "cluster.topology": Topology,
+    "cost.compute": ComputeCost,
+    "cost.communication": CommunicationCost,
+}
+
+
+def listing() -> str:
+    """Return all kinds, one line each: where it goes in a scenario, its name and its first sentence."""
+    rows = [
+        (where, kind, (inspect.getdoc(cls) or "").split("\n")[0])
+        for where, base in FAMILIES.items()
+        for kind, cls in members(base).items()
+    ]
+    return "\n".join(f"{where:<22} {kind:<16} {text}" for where, kind, text in rows)
+
+
+def schema() -> dict[str, Any]:
+    """Return the JSON Schema of a resolved scenario; before resolution, ``extends`` may stand in any mapping."""
+    from sim.scenario import Scenario
+
+    return Scenario.model_json_schema()

@@ -1,0 +1,65 @@
+"""Laws that every run checks on itself: tokens, bytes, FLOPs and time are neither lost nor made.
+
+A violation is a bug of gatesim, never of the scenario; it stops the run with the law's name and both sides.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sim.exchange import Exchange
+from sim.tokens import I64
+
+
+class ConservationError(AssertionError):
+    """A conservation law does not hold."""
+
+
+def _equal(law: str, left: object, right: object) -> None:
+    if left != right:
+        raise ConservationError(f"{law}: {left} != {right}")
+
+
+def check_exchange(exchange: Exchange, tokens_per_rank: int, k: int, dropped: int = 0) -> None:
+    """Check one layer and micro-batch: sum of expert loads = tokens x k - dropped, and the copies that follow from it.
+
+    A rank receives at most one copy of a token and at least ceil(pairs / experts there); a node likewise.
+    """
+    n_ranks, n_experts = exchange.expert_tokens.shape
+    _equal("C1 expert loads = tokens x k - dropped", int(exchange.expert_tokens.sum()), n_ranks * tokens_per_rank * k - dropped)
+    if dropped == 0:
+        loads = exchange.expert_tokens.sum(axis=1)
+        if (loads != tokens_per_rank * k).any():
+            raise ConservationError(f"C1 each source sends tokens x k: {loads.tolist()} != {tokens_per_rank * k}")
+    if exchange.expert_tokens.min(initial=0) < 0 or exchange.rank_tokens.min(initial=0) < 0:
+        raise ConservationError("C1 counts are not negative")
+    per_rank = max(1, n_experts // n_ranks)
+    ranks_per_node = -(-n_ranks // exchange.node_tokens.shape[1])
+    pairs = exchange.pairs
+    _between("C2 copies to a rank", exchange.rank_tokens, -(-pairs // per_rank), np.minimum(pairs, tokens_per_rank))
+    starts = np.arange(0, n_ranks, ranks_per_node)
+    copies = np.add.reduceat(exchange.rank_tokens, starts, axis=1)
+    _between(
+        "C2 copies to a node",
+        exchange.node_tokens,
+        np.maximum.reduceat(exchange.rank_tokens, starts, axis=1),
+        np.minimum(copies, tokens_per_rank),
+    )
+
+
+def _between(law: str, value: I64, low: I64, high: I64) -> None:
+    if (value < low).any() or (value > high).any():
+        where = np.argwhere((value < low) | (value > high))[0].tolist()
+        raise ConservationError(f"{law} out of bounds at {where}: {low[tuple(where)]} <= {value[tuple(where)]} <= {high[tuple(where)]}")
+
+
+def check_time(parts: dict[str, I64], makespan_ps: int) -> None:
+    """Check that, on every rank, the parts of the step's time sum to its makespan exactly (integer picoseconds)."""
+    total = sum(parts.values())
+    if not np.array_equal(np.asarray(total), np.full_like(np.asarray(total), makespan_ps)):
+        raise ConservationError(f"C7 parts of the time sum to the makespan: {np.asarray(total).tolist()} != {makespan_ps}")
+
+
+def check_flops(billed: int, kept_pairs: int, flops_per_pair: int) -> None:
+    """Check that the expert FLOPs billed are those of the kept (token, expert) pairs."""
+    _equal("C4 FLOPs billed = kept pairs x FLOPs per pair", billed, kept_pairs * flops_per_pair)

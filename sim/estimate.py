@@ -1,0 +1,132 @@
+"""What a run will cost, before it runs: events, memory and seconds, from the scenario alone."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from sim.kernels import compiled_enabled
+from sim.rollout import measured_steps, token_layers
+from sim.scenario import Scenario
+from sim.units import human
+
+MAX_EVENTS = 100_000_000
+MAX_SECONDS = 6 * 3600.0
+_BASE_BYTES = 250 * 2**20
+# Measured on one core with 256 experts, top-8; both scale with the number of experts.
+_ROUTE_S = {True: 0.75e-6, False: 4.0e-6}  # per token and layer for each policy, compiled / NumPy
+_SHARED_S = {True: 0.9e-6, False: 4.0e-6}  # per token and layer, once for all policies: affinities and scores
+_EVENT_S = 8e-6
+
+
+class TooBig(Exception):
+    """A scenario that exceeds the limits; the text says by how much and which knob turns it down."""
+
+    def __init__(self, estimate: Estimate) -> None:
+        super().__init__(estimate.reason)
+        self.estimate = estimate
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """token_layers: tokens x MoE layers x policies to route. events: of the discrete-event engine. memory_bytes: peak
+    of one process. seconds: on one core. reason: why it is too big, or empty."""
+
+    token_layers: int
+    events: int
+    memory_bytes: float
+    seconds: float
+    reason: str
+
+    @property
+    def too_big(self) -> bool:
+        return bool(self.reason)
+
+    def __str__(self) -> str:
+        return (
+            f"{human(self.token_layers, '')}token-layers to route, {human(self.events, '')}events, "
+            f"about {human(self.memory_bytes, 'B')} of memory and {human(self.seconds, 's')} on one core"
+        )
+
+
+def events_per_step(scenario: Scenario) -> int:
+    """Completions of operations in one timed step, over all policies."""
+    passes = 2 if scenario.schedule.phase == "training" else 1
+    total = 0
+    for policy in scenario.policies:
+        model, parallel = scenario.model_of(policy), scenario.parallel_of(policy)
+        dense = model.num_hidden_layers - model.n_moe_layers
+        shared = 1 if model.n_shared_experts else 0
+        per_layer = (4 + shared) * model.n_moe_layers + 2 * dense
+        per_layer += model.num_hidden_layers if parallel.tp_size > 1 else 0
+        total += per_layer * passes * scenario.schedule.micro_batches * parallel.ep_size
+    return total
+
+
+def free_memory_bytes() -> float:
+    """Memory this machine could still give to a process."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return float(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        return 0.5 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return 8 * 2.0**30
+
+
+def estimate(scenario: Scenario) -> Estimate:
+    """Estimate a run. Too big means over 10^8 events, 6 hours on one core, or half of the free memory."""
+    work = token_layers(scenario)
+    compiled = compiled_enabled(work)
+    events = (
+        events_per_step(scenario) * len(scenario.timed_steps()) * scenario.replicas
+        if scenario.schedule.engine == "simpy"
+        else 0
+    )
+    ranks, tokens = scenario.parallel.ep_size, scenario.tokens_per_rank
+    seconds, memory = 0.5 + events * _EVENT_S, float(_BASE_BYTES)
+    models = {}
+    for policy in scenario.policies:
+        model = scenario.model_of(policy)
+        if not model.is_moe:
+            continue
+        width = (model.n_routed_experts / 256 + 0.3) / 1.3
+        per_policy = scenario.steps.count * ranks * tokens * model.n_moe_layers * scenario.replicas
+        seconds += per_policy * _ROUTE_S[compiled] * width
+        models[model.model_dump_json()] = per_policy * _SHARED_S[compiled] * width
+        domain = scenario.cluster.topology.domain(scenario.cluster)
+        per_exchange = 8.0 * ranks * (ranks + ranks / domain + model.n_routed_experts)
+        kept = len(measured_steps(scenario)) * scenario.replicas * scenario.schedule.micro_batches
+        memory += per_exchange * model.n_moe_layers * kept
+        memory += 8.0 * scenario.steps.count * model.n_moe_layers * model.n_routed_experts * scenario.replicas
+        # A row of the `layers` table holds ten boxed values, one of `experts` seven.
+        memory += 600.0 * scenario.steps.count * model.n_moe_layers * scenario.replicas
+        memory += 200.0 * model.n_moe_layers * model.n_routed_experts * scenario.replicas
+    seconds += sum(models.values())
+    widest = max((scenario.model_of(p).n_routed_experts for p in scenario.policies), default=0)
+    memory += 4.0 * tokens * (6 * widest + ranks * 160)
+    return Estimate(work, events, memory, seconds, _reason(scenario, events, memory, seconds))
+
+
+def _reason(scenario: Scenario, events: int, memory: float, seconds: float) -> str:
+    steps, tokens = scenario.steps.count, scenario.tokens_per_rank
+    if events > MAX_EVENTS:
+        return (
+            f"{events:.3g} events exceed {MAX_EVENTS:.0e}: time fewer steps (steps.timed: last), lower steps.count = "
+            f"{steps} or replicas = {scenario.replicas}, or set schedule.engine: max_plus"
+        )
+    if memory > 0.5 * (free := free_memory_bytes()):
+        return (
+            f"about {human(memory, 'B')} of memory exceeds half of the free {human(free, 'B')}: lower steps.count = "
+            f"{steps}, traffic.tokens_per_rank = {tokens} or replicas = {scenario.replicas}"
+        )
+    if seconds > MAX_SECONDS:
+        return (
+            f"about {seconds / 3600:.3g} hours on one core exceed {MAX_SECONDS / 3600:g}: lower steps.count = {steps}, "
+            f"traffic.tokens_per_rank = {tokens} or replicas = {scenario.replicas}"
+        )
+    return ""

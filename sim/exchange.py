@@ -1,0 +1,89 @@
+"""Who sends what to whom: routing x placement -> token counts, in DeepEP's terms. Pure counting, no seconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from sim.kernels.choose import Kernels
+from sim.tokens import I16, I32, I64, Bool
+
+Dtype = Literal["fp8", "bf16"]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """DeepEP's dispatch layout of one source rank's tokens (``get_dispatch_layout``); all counts int64.
+
+    num_tokens_per_rank: [P] tokens with at least one expert on the rank. num_tokens_per_rdma_rank: [N] the same per
+    node. num_tokens_per_expert: [E].
+    """
+
+    num_tokens_per_rank: I64
+    num_tokens_per_rdma_rank: I64
+    num_tokens_per_expert: I64
+
+
+def dispatch_layout(
+    topk_ids: I16, expert_rank: I32, ep_size: int, ranks_per_node: int, n_routed_experts: int, kernels: Kernels
+) -> Layout:
+    """Count the destinations of [T, k] int16 ids under ``expert_rank`` [E] int32; -1 goes nowhere."""
+    return Layout(
+        kernels.group_tokens(topk_ids, expert_rank, ep_size),
+        kernels.group_tokens(
+            topk_ids, (expert_rank // ranks_per_node).astype(np.int32), -(-ep_size // ranks_per_node)
+        ),
+        kernels.expert_tokens(topk_ids, n_routed_experts),
+    )
+
+
+def is_token_in_rank(topk_ids: I16, expert_rank: I32, ep_size: int) -> Bool:
+    """Return DeepEP's ``is_token_in_rank``, [T, P] bool: whether a token has an expert on a rank."""
+    hit = np.zeros((len(topk_ids), ep_size + 1), dtype=bool)
+    np.put_along_axis(hit, np.append(expert_rank, ep_size)[topk_ids].astype(np.int64), True, axis=1)
+    return hit[:, :ep_size]
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """The tokens of one MoE layer and micro-batch, for a whole EP group (P ranks, N nodes, E experts); int64.
+
+    rank_tokens: [P, P], row s: ``num_tokens_per_rank`` of source s. node_tokens: [P, N]. expert_tokens: [P, E].
+    expert_rank: [E] int32.
+    """
+
+    rank_tokens: I64
+    node_tokens: I64
+    expert_tokens: I64
+    expert_rank: I32
+
+    @property
+    def pairs(self) -> I64:
+        """[P, P] (token, expert) pairs from source s to rank d: what low-latency mode sends."""
+        n_ranks = len(self.rank_tokens)
+        order = np.argsort(self.expert_rank, kind="stable")
+        starts = np.searchsorted(self.expert_rank[order], np.arange(n_ranks))
+        return np.add.reduceat(self.expert_tokens[:, order], starts, axis=1)
+
+    def sent(self, mode: Literal["normal", "low_latency"]) -> I64:
+        """[P, P] copies that leave s for d: one per token in ``normal`` mode, one per expert in ``low_latency``."""
+        return self.rank_tokens if mode == "normal" else self.pairs
+
+    def inter_node_copies(self, ranks_per_node: int, mode: Literal["normal", "low_latency"]) -> int:
+        """Copies that cross between nodes in one dispatch: one per (token, remote node), or per expert there."""
+        node = np.arange(len(self.rank_tokens)) // ranks_per_node
+        if mode == "normal":
+            remote = node[:, None] != np.arange(self.node_tokens.shape[1])
+            return int(self.node_tokens[remote].sum())
+        return int(self.pairs[node[:, None] != node[None, :]].sum())
+
+
+def token_bytes(hidden_size: int, dtype: Dtype) -> int:
+    """Bytes of one token's hidden state on the wire: fp8 with one float32 scale per 128 elements, or bf16.
+
+    >>> token_bytes(7168, "fp8"), token_bytes(7168, "bf16")
+    (7392, 14336)
+    """
+    return hidden_size + 4 * -(-hidden_size // 128) if dtype == "fp8" else 2 * hidden_size

@@ -1,0 +1,22 @@
+"""Square root of softplus (DeepSeek-V4 config: ``scoring_func: sqrtsoftplus``)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from sim.gating.score import Score
+from sim.kernels.choose import Kernels
+from sim.tokens import F32
+
+
+class SqrtSoftplus(Score):
+    """s = sqrt(log(1 + exp(z)))."""
+
+    kind: Literal["sqrtsoftplus"] = "sqrtsoftplus"
+
+    def scores(self, logits: F32, kernels: Kernels) -> F32:
+        wide = logits.astype(np.float64)
+        softplus = np.maximum(wide, 0.0) + np.log1p(np.exp(-np.abs(wide)))
+        return np.sqrt(softplus).astype(np.float32)

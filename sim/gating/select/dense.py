@@ -1,0 +1,20 @@
+"""Every expert for every token: a mixture of experts run as the dense layer it was cut from."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from sim.gating.select import Candidates, Select
+from sim.tokens import I16
+
+
+class Dense(Select):
+    """All E experts, in index order; load is exactly even and nothing is gained from sparsity."""
+
+    kind: Literal["dense"] = "dense"
+
+    def select(self, candidates: Candidates) -> I16:
+        n_tokens, n_experts = candidates.scores.shape
+        return np.tile(np.arange(n_experts, dtype=np.int16), (n_tokens, 1))

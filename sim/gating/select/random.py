@@ -1,0 +1,28 @@
+"""Uniformly random experts: the floor under every balance figure, and the worst case of kept affinity."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from sim.gating.select import Candidates, Select
+from sim.tokens import I16
+
+
+class Random(Select):
+    """k distinct experts per token, all sets equally likely, whatever the scores."""
+
+    kind: Literal["random"] = "random"
+
+    def select(self, candidates: Candidates) -> I16:
+        n_tokens, n_experts = candidates.scores.shape
+        rng, k = candidates.rng(), candidates.k
+        # Floyd's algorithm, one column for all tokens at a time: k draws instead of a permutation of E.
+        ids = np.empty((n_tokens, k), dtype=np.int16)
+        for i in range(k):
+            last = n_experts - k + i
+            draw = rng.integers(0, last + 1, size=n_tokens, dtype=np.int16)
+            taken = (ids[:, :i] == draw[:, None]).any(axis=1)
+            ids[:, i] = np.where(taken, np.int16(last), draw)
+        return ids

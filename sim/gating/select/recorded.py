@@ -1,0 +1,20 @@
+"""The choices of a replayed trace. With ids only no other gate can be judged on it, placements and capacities can."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from sim.gating.select import Candidates, Select
+from sim.tokens import I16
+
+
+class Recorded(Select):
+    """The ids that the real router chose."""
+
+    kind: Literal["recorded"] = "recorded"
+    needs: ClassVar[Literal["logits", "ids"]] = "ids"
+
+    def select(self, candidates: Candidates) -> I16:
+        if candidates.recorded is None:
+            raise ValueError("these tokens carry no recorded choices; select recorded needs traffic kind replay")
+        return candidates.recorded

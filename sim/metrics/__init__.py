@@ -1,0 +1,1 @@
+"""Figures that people compare policies by. Pure functions of counts."""

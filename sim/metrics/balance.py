@@ -1,0 +1,83 @@
+"""Balance of expert and device loads, and the floors that chance alone puts under them."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import numpy.typing as npt
+
+from sim.tokens import F64
+
+
+def max_vio(loads: npt.ArrayLike) -> F64:
+    """MaxVio = max / mean - 1 over the last axis (arXiv 2408.15664, section 4.1); 0 where nothing was routed.
+
+    >>> max_vio([1, 1, 4]).item()
+    1.0
+    """
+    load = np.asarray(loads, dtype=np.float64)
+    mean = load.mean(axis=-1)
+    return np.where(mean > 0, load.max(axis=-1) / np.where(mean > 0, mean, 1.0) - 1.0, 0.0)
+
+
+def coefficient_of_variation(loads: npt.ArrayLike) -> F64:
+    """Standard deviation / mean over the last axis (population), 0 where nothing was routed."""
+    load = np.asarray(loads, dtype=np.float64)
+    mean = load.mean(axis=-1)
+    return np.where(mean > 0, load.std(axis=-1) / np.where(mean > 0, mean, 1.0), 0.0)
+
+
+def least_share(loads: npt.ArrayLike) -> F64:
+    """Smallest load / mean load over the last axis: how far behind the least-updated expert is."""
+    load = np.asarray(loads, dtype=np.float64)
+    mean = load.mean(axis=-1)
+    return np.where(mean > 0, load.min(axis=-1) / np.where(mean > 0, mean, 1.0), 0.0)
+
+
+def balancedness_sum(rank_loads: npt.ArrayLike) -> float:
+    """vLLM's balancedness of [layers, ranks]: sum over layers of the mean / sum of the maximum."""
+    load = np.asarray(rank_loads, dtype=np.float64)
+    top = load.max(axis=-1).sum()
+    return float(load.mean(axis=-1).sum() / top) if top > 0 else 1.0
+
+
+def balancedness_mean(rank_loads: npt.ArrayLike) -> float:
+    """SGLang's balancedness of [layers, ranks]: mean over layers of (mean + 1e-5) / (max + 1e-5)."""
+    load = np.asarray(rank_loads, dtype=np.float64)
+    return float(((load.mean(axis=-1) + 1e-5) / (load.max(axis=-1) + 1e-5)).mean())
+
+
+@functools.lru_cache(maxsize=256)
+def uniform_max_vio(n_tokens: int, n_experts: int, k: int) -> float:
+    """Expected MaxVio of a gate that picks k of E experts uniformly at random: no stochastic gate can show less.
+
+    Exact for independent experts, each Binomial(T, k/E): E[max] = sum over x of 1 - F(x)^E. The loads' weak negative
+    dependence (they sum to T k) lowers it by well under 1 %.
+
+    >>> round(uniform_max_vio(4096, 256, 8), 3)
+    0.257
+    """
+    if n_tokens == 0 or k >= n_experts:
+        return 0.0
+    p = k / n_experts
+    # log P(X = x) by its recurrence; far tails underflow to 0 harmlessly.
+    x = np.arange(n_tokens, dtype=np.float64)
+    steps = np.log((n_tokens - x) / (x + 1.0)) + np.log(p / (1.0 - p))
+    log_pmf = np.concatenate([[0.0], np.cumsum(steps)]) + n_tokens * np.log1p(-p)
+    cdf = np.minimum(np.cumsum(np.exp(log_pmf)), 1.0)
+    expected_max = float((1.0 - cdf**n_experts).sum())
+    return expected_max / (n_tokens * p) - 1.0
+
+
+def expected_groups_touched(n_experts: int, k: int, n_groups: int) -> float:
+    """Mean number of equal groups that k distinct uniform experts touch: G (1 - C(E - E/G, k) / C(E, k)).
+
+    >>> round(expected_groups_touched(256, 8, 8), 4)
+    5.2947
+    """
+    size = n_experts // n_groups
+    missed = 1.0
+    for i in range(k):
+        missed *= max(n_experts - size - i, 0) / (n_experts - i)
+    return n_groups * (1.0 - missed)

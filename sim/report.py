@@ -1,0 +1,103 @@
+"""The result as text for a terminal: policies side by side, floors beside balance figures, intervals where there are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from sim.results import METRICS, Metric, Result
+from sim.scenario import Scenario
+
+_BALANCE = (
+    "max_vio_batch", "max_vio_batch_floor", "max_vio_global", "max_vio_global_floor", "device_max_over_mean",
+    "least_share", "kept_affinity", "nodes_per_token", "devices_per_token", "inter_node_bytes",
+)  # fmt: skip
+_TIME = (
+    "step_time_s", "attention_s", "experts_s", "other_compute_s", "exposed_communication_s", "waiting_s",
+    "tokens_per_s_per_gpu",
+)  # fmt: skip
+
+
+def number(value: float, metric: Metric) -> str:
+    """Format a mean for people; a dash where there is none."""
+    if math.isnan(value):
+        return "-"
+    value *= metric.scale
+    if metric.digits >= 4 and metric.name != "kept_affinity":
+        return f"{value:.{max(0, metric.digits - 1 - math.floor(math.log10(abs(value) or 1)))}f}" if abs(value) < 1e9 else f"{value:.3g}"
+    return f"{value:.{metric.digits}f}"
+
+
+def grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Align columns: the first to the left, the others to the right, under head lines broken at spaces."""
+    words = [h.split(" ") for h in head]
+    depth = max(len(w) for w in words)
+    lines = [[w[i - depth + len(w)] if i >= depth - len(w) else "" for w in words] for i in range(depth)]
+    table = [*lines, *rows]
+    widths = [max(len(row[c]) for row in table) for c in range(len(head))]
+    text = []
+    for i, row in enumerate(table):
+        cells = [cell.ljust(width) if c == 0 else cell.rjust(width) for c, (cell, width) in enumerate(zip(row, widths, strict=True))]
+        text.append("  ".join(cells).rstrip())
+        if i == depth - 1:
+            text.append("  ".join("-" * width for width in widths))
+    return text
+
+
+def _table(result: Result, names: Sequence[str]) -> list[str]:
+    metrics = {m.name: m for m in METRICS}
+    values: dict[tuple[str, str], tuple[float, float, float, float]] = {}
+    rows: dict[str, list[Any]] = result.summary_rows
+    for policy, metric, mean, half, diff, diff_half, _ in zip(*rows.values(), strict=True):
+        values[policy, metric] = (mean, half, diff, diff_half)
+    lines = []
+    first = result.scenario.policies[0].name
+    for policy in (p.name for p in result.scenario.policies):
+        row = [policy]
+        for name in names:
+            mean, half, diff, diff_half = values[policy, name]
+            cell = number(mean, metrics[name])
+            if not math.isnan(half) and not name.endswith("_floor") and half > 0:
+                cell += f" ±{half * metrics[name].scale:.2g}"
+            row.append(cell)
+        if "step_time_s" in names:
+            mean, _, diff, diff_half = values[policy, "step_time_s"]
+            base = mean - diff
+            cell = "-" if policy == first or math.isnan(diff) or base <= 0 else f"{100 * diff / base:+.1f} %"
+            if cell != "-" and not math.isnan(diff_half):
+                cell += f" ±{100 * diff_half / base:.1f}"
+            row.append(cell)
+        lines.append(row)
+    head = ["policy", *(metrics[name].label for name in names)]
+    if "step_time_s" in names:
+        head.append("step time against first")
+    return grid(head, lines)
+
+
+def describe(scenario: Scenario) -> list[str]:
+    """Say in a few lines what is simulated."""
+    model, cluster, parallel = scenario.model, scenario.cluster, scenario.parallel
+    warm = scenario.steps.warmup
+    lines = [
+        f"{scenario.name}: {model.name}, {model.total_parameters / 1e9:.2f}B parameters, "
+        f"{model.active_parameters / 1e9:.2f}B active ({100 * model.active_parameters / model.total_parameters:.1f} %)",
+        f"{parallel.ep_size} of {cluster.n_devices} {cluster.device.name} in nodes of {cluster.devices_per_node}, "
+        f"EP{parallel.ep_size} x PP{parallel.pp_size}, {scenario.tokens_per_rank} tokens per device and step, "
+        f"{model.n_moe_layers} MoE layers, {scenario.schedule.phase}, overlap {scenario.schedule.overlap}",
+        f"traffic {scenario.traffic.kind}, {scenario.steps.count} step(s), {scenario.replicas} replica(s), seed {scenario.seed}"
+        + (f"; balancing settled by {warm.steps} warm-up batches of {warm.ranks * warm.tokens_per_rank} tokens" if warm.steps else ""),
+        f"compute {scenario.cost.compute.kind} ({scenario.cost.compute.provenance(cluster.device)}); "
+        f"communication {scenario.cost.communication.kind}, {scenario.cost.mode} kernels; token-level resolution",
+    ]
+    return lines
+
+
+def terminal(result: Result) -> str:
+    """Return the whole text."""
+    parts = [*describe(result.scenario), "", *_table(result, _BALANCE)]
+    if len(result.scenario.timed_steps()):
+        parts += ["", *_table(result, _TIME)]
+    notes = ["", "(floor): MaxVio of a perfectly uniform random gate at this batch size. Means over MoE layers and steps"]
+    notes[-1] += ", ± 95 % over replicas." if result.scenario.replicas > 1 else "; one replica, so no intervals."
+    return "\n".join(parts + notes)

@@ -1,0 +1,132 @@
+"""``python -m sim.run FILE``: the main job. Argument parsing and messages, nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import types
+from collections.abc import Sequence
+from typing import Any
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m sim.run",
+        description="Simulate MoE gating policies on a cluster: balance, bytes and time per policy.",
+        epilog="exit status: 0 done, 1 internal error, 2 bad input, 130 interrupted",
+    )
+    p.add_argument("files", nargs="*", metavar="FILE", help="scenario YAML, e.g. scenarios/v3.yaml")
+    p.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="change one value, e.g. --set policies.0.select.topk_group=2 (repeatable)")  # fmt: skip
+    p.add_argument("--seed", type=int, help="same as --set seed=N")
+    p.add_argument("--replicas", type=int, help="same as --set replicas=N")
+    p.add_argument("--jobs", type=int, help="processes (default: all cores where that pays)")
+    p.add_argument("--out", default="results", help="folder for results (default: %(default)s); - writes none")
+    p.add_argument("--dry-run", action="store_true", help="check, print the estimate and the resolved scenario, and stop")
+    p.add_argument("--force", action="store_true", help="run even if the estimate says it is too big")
+    p.add_argument("--allow-outside", action="store_true", help="let files named in a scenario lie outside its folder")
+    p.add_argument("--list", action="store_true", help="list every plug-in kind and stop")
+    p.add_argument("--schema", action="store_true", help="print the JSON Schema of scenario files and stop")
+    p.add_argument("--quiet", action="store_true", help="no progress, no path of the results")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        return _main(args)
+    except KeyboardInterrupt:
+        print("interrupted; nothing of the run in progress was written", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+
+
+def _main(args: argparse.Namespace) -> int:
+    if args.schema:
+        import json
+
+        from sim.catalogue import schema
+
+        print(json.dumps(schema(), indent=1))
+        return 0
+    if args.list:
+        from sim.catalogue import listing
+
+        print(listing())
+        return 0
+    if not args.files:
+        print("python -m sim.run: no scenario given; try: python -m sim.run scenarios/tiny.yaml", file=sys.stderr)
+        return 2
+    if args.jobs is not None and args.jobs < 1:
+        print(f"--jobs must be at least 1 [got {args.jobs}]", file=sys.stderr)
+        return 2
+    from sim.estimate import TooBig, estimate
+    from sim.scenario import load
+    from sim.yamlfile import ScenarioError
+
+    overrides = list(args.overrides)
+    overrides += [f"{name}={value}" for name in ("seed", "replicas") if (value := getattr(args, name)) is not None]
+    scenarios, bad = [], False
+    for file in args.files:
+        try:
+            scenarios.append(load(file, overrides, allow_outside=args.allow_outside))
+        except ScenarioError as error:
+            print(error, file=sys.stderr)
+            bad = True
+    if bad:
+        return 2
+    for scenario in scenarios:
+        expected = estimate(scenario)
+        if args.dry_run:
+            from sim.report import describe
+            from sim.store import resolved_data
+            from sim.yamlfile import dump
+
+            print(f"# would run: {expected}" + (f"\n# too big: {expected.reason}" if expected.too_big else ""))
+            print("\n".join(f"# {line}" for line in describe(scenario)))
+            print(dump(resolved_data(scenario)), end="")
+            continue
+        if expected.too_big and not args.force:
+            print(f"{scenario.name}: too big: {TooBig(expected)}; --force runs it all the same", file=sys.stderr)
+            return 2
+        try:
+            _run(scenario, args, expected)
+        except (OSError, ValueError) as error:
+            print(f"{scenario.name}: {error}", file=sys.stderr)
+            return 2
+    return 0
+
+
+def _run(scenario: Any, args: argparse.Namespace, expected: Any) -> None:
+    import time
+
+    from sim.report import terminal
+    from sim.store import write
+    from sim.study import simulate
+
+    started = time.monotonic()
+    show = not args.quiet and sys.stderr.isatty()
+    if show:
+        print(f"{scenario.name}: {expected}", file=sys.stderr)
+    result = simulate(scenario, args.jobs, expected, progress=show)
+    print(terminal(result))
+    if args.out != "-":
+        folder = write(result, args.out, time.monotonic() - started)
+        if not args.quiet:
+            print(f"results: {folder} ({time.monotonic() - started:.1f} s)", file=sys.stderr)
+
+
+class _Callable(types.ModuleType):
+    """`sim.run` is this module and, as people write in notebooks, a function: ``sim.run("scenarios/v3.yaml")``."""
+
+    def __call__(self, source: Any, **options: Any) -> Any:
+        from sim.study import run
+
+        return run(source, **options)
+
+
+sys.modules[__name__].__class__ = _Callable
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,322 @@
+"""The whole scenario as one frozen model, and the rules that hold between its parts.
+
+Every key of a scenario file is a field here or in a plug-in. `load` reads a file with its references and overrides and
+reports all problems at once, each at its line.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from sim import yamlfile
+from sim.cluster import Cluster
+from sim.cost import CommunicationCost, ComputeCost
+from sim.cost.calibrated import Calibrated
+from sim.cost.memory import refusal, serving_memory_bytes, training_memory_bytes
+from sim.cost.port import Port
+from sim.gating import Gating
+from sim.hardware import BYTES_PER_ELEMENT
+from sim.model import Model
+from sim.placement import Placement
+from sim.placement.linear import Linear
+from sim.plugin import Choice
+from sim.traffic import Traffic
+from sim.yamlfile import Document, Problem, ScenarioError
+
+Rule = tuple[tuple[str | int, ...], str]
+REFERENCES = frozenset({"model", "cluster"})
+
+
+class _Block(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Parallel(_Block):
+    """How the model is split. The run simulates one expert-parallel group and passes all layers through it; with
+    ``pp_size`` stages each device holds 1/pp_size of the layers (pipeline bubbles are not included)."""
+
+    ep_size: int = Field(default=1, gt=0)
+    """Expert-parallel ranks: every rank hosts n_routed_experts / ep_size experts of each layer."""
+    pp_size: int = Field(default=1, gt=0)
+    """Pipeline stages, each an EP group like the one simulated; divides memory, not time."""
+    tp_size: int = Field(default=1, gt=0)
+    """Tensor-parallel ranks of the non-expert layers, inside a node; costs two all-reduces per layer and direction."""
+
+
+class Warmup(_Block):
+    """Before step 0, settle the balancing rules on smaller batches, their rate falling from ``gain`` times to once."""
+
+    steps: int = Field(default=0, ge=0, le=100_000)
+    ranks: int = Field(default=8, gt=0)
+    tokens_per_rank: int = Field(default=512, gt=0)
+    gain: float = Field(default=20.0, ge=1)
+
+
+class Steps(_Block):
+    """Optimisation steps: each routes a fresh batch through every layer, then the balancing rules learn from it."""
+
+    count: int = Field(default=1, gt=0, le=1_000_000)
+    timed: Literal["last", "all", "none"] = "last"
+    """Steps whose time is simulated."""
+    warmup: Warmup = Warmup()
+
+
+class Schedule(_Block):
+    """What happens within a step, and in which order."""
+
+    phase: Literal["training", "forward"] = "training"
+    micro_batches: int = Field(default=1, gt=0, le=64)
+    """Equal parts of a rank's tokens."""
+    overlap: Literal["none", "micro_batches", "forward_backward"] = "micro_batches"
+    """``micro_batches``: two neighbours interleaved; ``forward_backward``: the forward of one with the backward of
+    another, DualPipe's steady state (DeepSeek-V3 report, section 3.2.1)."""
+    sequence_length: int = Field(default=4096, gt=0)
+    """Context length of the attention cost."""
+    recompute: Literal["none", "selective"] = "none"
+    """Activations kept for the backward: all, or as in the DeepSeek-V3 report, section 3.2.3 and 3.3.3 (norms, MLA
+    up-projections and SwiGLU recomputed, expert inputs in fp8). Counts in memory only."""
+    engine: Literal["simpy", "max_plus"] = "simpy"
+    """The discrete-event engine, or the array recurrence that gives the same times."""
+
+
+class Cost(_Block):
+    """Which laws turn work into seconds, and the number formats."""
+
+    compute: Annotated[ComputeCost, Choice(ComputeCost)] = Calibrated()
+    communication: Annotated[CommunicationCost, Choice(CommunicationCost)] = Port()
+    mode: Literal["normal", "low_latency"] = "normal"
+    """DeepEP's kernels: one copy per node, then NVLink; or one copy per expert, directly."""
+    dispatch_dtype: Literal["fp8", "bf16"] = "fp8"
+    combine_dtype: Literal["fp8", "bf16"] = "bf16"
+    gemm_dtype: Literal["fp8", "bf16"] = "fp8"
+
+
+class Policy(Gating):
+    """One competitor: a gate, a placement, and optionally another model or split for it (the dense baselines)."""
+
+    name: str = Field(min_length=1, max_length=40)
+    placement: Annotated[Placement, Choice(Placement)] = Linear()
+    model: Model | None = None
+    parallel: Parallel | None = None
+
+
+class Scenario(_Block):
+    """Everything a run needs; two equal scenarios give the same bytes."""
+
+    name: str = Field(min_length=1, max_length=60, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    description: str = ""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    replicas: int = Field(default=1, gt=0, le=10_000)
+    model: Model
+    cluster: Cluster
+    parallel: Parallel = Parallel()
+    traffic: Annotated[Traffic, Choice(Traffic)]
+    steps: Steps = Steps()
+    schedule: Schedule = Schedule()
+    cost: Cost = Cost()
+    policies: Annotated[tuple[Policy, ...], Field(min_length=1, max_length=100)]
+
+    def model_of(self, policy: Policy) -> Model:
+        return policy.model or self.model
+
+    def parallel_of(self, policy: Policy) -> Parallel:
+        return policy.parallel or self.parallel
+
+    @property
+    def tokens_per_rank(self) -> int:
+        return self.traffic.tokens_per_rank
+
+    def timed_steps(self) -> range:
+        """Steps whose time is simulated."""
+        last = self.steps.count
+        return {"last": range(last - 1, last), "all": range(last), "none": range(0)}[self.steps.timed]
+
+    def resolved(self) -> Scenario:
+        """Return a copy in which every policy states the values it takes from its model."""
+        policies = []
+        for policy in self.policies:
+            model = self.model_of(policy)
+            policies.append(policy.model_copy(update={"select": policy.select.for_model(model)}))
+        return self.model_copy(update={"policies": tuple(policies)})
+
+    def memory(self, policy: Policy) -> dict[str, float]:
+        """Return the bytes per device by item, ``total`` last (see `sim.cost.memory`)."""
+        model, parallel, schedule = self.model_of(policy), self.parallel_of(policy), self.schedule
+        experts = model.parameters.routed_experts
+        dense = (model.total_parameters - experts) / (parallel.pp_size * parallel.tp_size)
+        held = experts / (parallel.ep_size * parallel.pp_size)
+        micro_tokens = self.tokens_per_rank / schedule.micro_batches
+        pairs = model.num_experts_per_tok + model.n_shared_experts if model.is_moe else 1.0
+        width = (model.moe_intermediate_size if model.is_moe else model.intermediate_size) or 0
+        bytes_per_weight = BYTES_PER_ELEMENT[self.cost.gemm_dtype]
+        if schedule.phase == "forward":
+            return serving_memory_bytes(
+                dense_parameters=dense,
+                expert_parameters=held,
+                dense_weight_bytes=bytes_per_weight,
+                expert_weight_bytes=bytes_per_weight,
+                kv_tokens=float(self.tokens_per_rank),
+                kv_bytes_per_token=model.kv_cache_bytes_per_token() / parallel.pp_size,
+                batch_tokens=micro_tokens,
+                hidden_size=model.hidden_size,
+                expert_pairs_per_token=pairs,
+                moe_intermediate_size=width,
+            )
+        selective = schedule.recompute == "selective"
+        in_flight = parallel.pp_size + 1 if parallel.pp_size > 1 else schedule.micro_batches
+        return training_memory_bytes(
+            dense_parameters=dense,
+            expert_parameters=held,
+            dense_optimizer_shards=max(1, parallel.ep_size // parallel.tp_size),
+            tokens_in_flight=micro_tokens * in_flight / parallel.tp_size,
+            layers=-(-model.num_hidden_layers // parallel.pp_size),
+            hidden_size=model.hidden_size,
+            kept_bytes_per_hidden=4.0 if selective else 15.0,
+            expert_pairs_per_token=pairs,
+            moe_intermediate_size=width,
+            pair_element_bytes=1.0 if selective else 2.0,
+        )
+
+    def problems(self) -> Iterator[Rule]:
+        """Yield ``(path, rule)`` for everything that is wrong between the parts."""
+        names = [policy.name for policy in self.policies]
+        for i, policy in enumerate(self.policies):
+            if policy.name in names[:i]:
+                yield ("policies", i, "name"), f"another policy is called {policy.name!r}"
+            yield from self._policy_problems(i, policy)
+        if self.tokens_per_rank % self.schedule.micro_batches:
+            yield ("schedule", "micro_batches"), f"must divide traffic.tokens_per_rank = {self.tokens_per_rank}"
+        if self.schedule.overlap == "forward_backward" and self.schedule.phase == "forward":
+            yield ("schedule", "overlap"), "forward_backward needs phase: training"
+        if self.steps.warmup.steps and self.steps.warmup.ranks > self.parallel.ep_size:
+            yield ("steps", "warmup", "ranks"), f"must be <= parallel.ep_size = {self.parallel.ep_size}"
+        try:
+            self.cost.compute.gemm_s(
+                self.cluster.device,
+                tokens=1,
+                flops_per_token=1,
+                weight_bytes=1,
+                activation_bytes_per_token=1,
+                dtype=self.cost.gemm_dtype,
+            )
+        except ValueError as error:
+            yield ("cost", "gemm_dtype"), str(error)
+
+    def _policy_problems(self, i: int, policy: Policy) -> Iterator[Rule]:
+        at: tuple[str | int, ...] = ("policies", i)
+        model, parallel = self.model_of(policy), self.parallel_of(policy)
+        where = (*at, "parallel") if policy.parallel else ("parallel",)
+        devices, per_node = self.cluster.n_devices, self.cluster.devices_per_node
+        if parallel.ep_size > devices:
+            yield (
+                (*where, "ep_size"),
+                f"{parallel.ep_size} ranks need as many devices; the cluster has {self.cluster.nodes} nodes x "
+                f"{per_node} = {devices}",
+            )
+        elif parallel.ep_size > per_node and parallel.ep_size % per_node:
+            yield (*where, "ep_size"), f"must fill whole nodes of {per_node} devices"
+        if per_node % parallel.tp_size:
+            yield (*where, "tp_size"), f"must divide devices_per_node = {per_node}"
+        elif parallel.ep_size % parallel.tp_size:
+            yield (*where, "tp_size"), f"must divide ep_size = {parallel.ep_size}"
+        if parallel.pp_size > model.num_hidden_layers:
+            yield (*where, "pp_size"), f"must be <= num_hidden_layers = {model.num_hidden_layers}"
+        if model.is_moe:
+            if model.n_routed_experts % parallel.ep_size:
+                yield (*where, "ep_size"), f"must divide n_routed_experts = {model.n_routed_experts}"
+            if policy.parallel and parallel.ep_size != self.parallel.ep_size:
+                yield (*where, "ep_size"), f"policies with experts share one group: parallel.ep_size = {self.parallel.ep_size}"
+            for field, rule in policy.select.problems(model):
+                yield (*at, "select", field), rule
+            if policy.select.needs != self.traffic.provides:
+                has, wants = self.traffic.provides, policy.select.needs
+                yield (
+                    (*at, "select"),
+                    f"select {policy.select.kind} needs {wants}, traffic {self.traffic.kind} provides {has}"
+                    + (
+                        ": with recorded ids no other gate can be judged, only placements (use select: recorded)"
+                        if has == "ids"
+                        else ""
+                    ),
+                )
+            if self.traffic.provides == "ids" and any(rule.kind != "none" for rule in policy.balance):
+                yield (*at, "balance"), "recorded choices cannot be balanced after the fact; only placements can differ"
+        elif policy.select.kind != "dense":
+            yield (*at, "select"), "a model without routed experts takes select: dense"
+        if parallel.ep_size <= devices:
+            # Memory comes last: it is only worth saying when the split itself makes sense.
+            text = refusal(self.memory(policy), self.cluster.device.memory_bytes)
+            if text:
+                yield where, f"policy {policy.name!r} {text} of {self.cluster.device.name} (per device, {self.schedule.phase})"
+
+
+def from_hf(data: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Make a model block of a JSON file: a Hugging Face config.json, or our own keys."""
+    from sim.hf import is_hf_config
+
+    if is_hf_config(data):
+        return Model.from_hf(data, path.parent.name or path.stem).model_dump(mode="json", exclude_defaults=True)
+    return data
+
+
+def load(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    allow_outside: bool = False,
+) -> Scenario:
+    """Read a scenario file (or take plain data), apply ``key=value`` overrides, and check everything.
+
+    Raises `sim.yamlfile.ScenarioError` with every problem found: those of single fields first, and when there are none
+    those between fields.
+    """
+    if isinstance(source, Mapping):
+        document = yamlfile.document(dict(source), references=REFERENCES, convert=from_hf)
+    else:
+        document = yamlfile.read(source, references=REFERENCES, convert=from_hf, allow_outside=allow_outside)
+    if overrides:
+        document = yamlfile.apply_overrides(document, list(overrides))
+    document = _trace_path(document, allow_outside)
+    scenario = yamlfile.validate(Scenario, document)
+    found = [_located(document, path, rule) for path, rule in scenario.problems()]
+    if found:
+        raise ScenarioError(list(dict.fromkeys(found)))
+    return scenario.resolved()
+
+
+def _trace_path(document: Document, allow_outside: bool) -> Document:
+    """Resolve a trace named in a file against that file; it may not leave the file's folder."""
+    traffic = document.data.get("traffic")
+    if not isinstance(traffic, dict) or not isinstance(traffic.get("path"), str):
+        return document
+    mark = document.marks.get(("traffic", "path"))
+    if mark is None or mark.file.startswith(("--set", "<")):
+        return document
+    folder = os.path.realpath(os.path.dirname(mark.file))
+    target = os.path.realpath(os.path.join(folder, traffic["path"]))
+    if not allow_outside and os.path.commonpath([folder, target]) != folder:
+        raise ScenarioError(
+            [Problem(str(mark), "traffic.path", "a trace named in a file must lie in its folder", repr(traffic["path"]))]
+        )
+    document.data["traffic"] = traffic | {"path": os.path.relpath(target)}
+    return document
+
+
+def _located(document: Document, path: tuple[str | int, ...], rule: str) -> Problem:
+    probe = path
+    while probe and probe not in document.marks:
+        probe = probe[:-1]
+    mark = document.marks[probe]
+    value: Any = document.data
+    try:
+        for part in path:
+            value = value[part]
+    except (KeyError, IndexError, TypeError):
+        value = None
+    got = repr(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else ""
+    return Problem(str(mark), yamlfile.dotted(path), rule, got)

@@ -1,0 +1,131 @@
+"""The run folder: written whole or not at all.
+
+``<out>/<scenario>/<run>/`` holds ``manifest.json``, ``scenario.yaml`` (fully resolved: it runs by itself), the tidy
+tables as parquet and ``summary.csv``. The run's name is a hash of the resolved scenario, so the same scenario lands in
+the same folder with the same bytes.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from sim.results import Result, Table
+from sim.scenario import Scenario
+
+
+def resolved_data(scenario: Scenario) -> dict[str, Any]:
+    """Return the scenario as plain data from which the same run can be repeated."""
+    data: dict[str, Any] = scenario.model_dump(mode="json", exclude_none=True)
+    return data
+
+
+def run_id(scenario: Scenario) -> str:
+    """Return 12 hex digits of the SHA-256 of the resolved scenario."""
+    text = json.dumps(resolved_data(scenario), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def write(result: Result, out: str | os.PathLike[str], wall_s: float | None = None) -> Path:
+    """Write the run's folder and return its path. An older run of the same scenario is replaced when the new one is
+    complete; OSError leaves everything as it was."""
+    from sim.yamlfile import dump
+
+    folder = Path(out) / result.scenario.name / run_id(result.scenario)
+    with _atomic_folder(folder) as work:
+        for name, table in result.tables.items():
+            if table:
+                _write_parquet(work / f"{name}.parquet", table)
+        _write_csv(work / "summary.csv", result.summary_rows)
+        (work / "scenario.yaml").write_text(dump(resolved_data(result.scenario)), encoding="utf-8")
+        manifest = {
+            "scenario": resolved_data(result.scenario),
+            "seed": result.scenario.seed,
+            "engine": result.scenario.schedule.engine,
+            "resolution": "token",
+            "events": result.n_events,
+            "versions": _versions(),
+            "sha256": {path.name: _sha256(path) for path in sorted(work.iterdir())},
+            "wall_s": wall_s,
+        }
+        (work / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    return folder
+
+
+@contextmanager
+def _atomic_folder(folder: Path) -> Iterator[Path]:
+    """Give a temporary sibling to fill; on success it takes the folder's name, on failure it is removed."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for stray in folder.parent.glob(f".{folder.name}.*"):  # left by a killed run
+        if not _alive(stray.name):
+            shutil.rmtree(stray, ignore_errors=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.{os.getpid()}.", dir=folder.parent))
+    try:
+        yield work
+        work.chmod(0o755)
+        for path in work.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        if folder.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.{os.getpid()}.", dir=folder.parent))
+            os.replace(folder, old / "old")
+            os.replace(work, folder)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(work, folder)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def _alive(name: str) -> bool:
+    """Say whether the process that made a temporary folder still runs."""
+    pid = name.split(".")[2]
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (ValueError, OSError):
+        return True
+    return int(pid) != os.getpid()
+
+
+def _write_parquet(path: Path, table: Table) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table(table), path, compression="zstd")
+
+
+def _write_csv(path: Path, table: Table) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(table)
+        for row in zip(*table.values(), strict=True):
+            writer.writerow(["" if isinstance(v, float) and math.isnan(v) else v for v in row])
+
+
+def _versions() -> dict[str, str]:
+    import platform
+
+    found = {"python": platform.python_version()}
+    for name in ("gatesim", "numpy", "simpy", "pydantic", "networkx", "pyarrow", "numba"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
