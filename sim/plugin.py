@@ -59,6 +59,11 @@ def members(base: type[P]) -> dict[str, type[P]]:
     return dict(sorted(found.items()))
 
 
+def make(base: type[P], kind: str) -> P:
+    """Return the member of ``base`` called ``kind`` with its default settings."""
+    return members(base)[kind].model_validate({"kind": kind})
+
+
 def _inside(cls: type[Plugin], package: Any) -> bool:
     return cls.__module__.startswith(package.__name__ + ".")
 

@@ -25,7 +25,7 @@ from sim.model import Model
 from sim.placement import Placement
 from sim.placement.linear import Linear
 from sim.plugin import Choice
-from sim.traffic import Traffic
+from sim.traffic import Traffic, TrafficShape
 from sim.yamlfile import Document, Problem, ScenarioError
 
 Rule = tuple[tuple[str | int, ...], str]
@@ -189,6 +189,7 @@ class Scenario(_Block):
             if policy.name in names[:i]:
                 yield ("policies", i, "name"), f"another policy is called {policy.name!r}"
             yield from self._policy_problems(i, policy)
+        yield from self._traffic_problems()
         if self.tokens_per_rank % self.schedule.micro_batches:
             yield ("schedule", "micro_batches"), f"must divide traffic.tokens_per_rank = {self.tokens_per_rank}"
         if self.schedule.overlap == "forward_backward" and self.schedule.phase == "forward":
@@ -206,6 +207,22 @@ class Scenario(_Block):
             )
         except ValueError as error:
             yield ("cost", "gemm_dtype"), str(error)
+
+    def _traffic_problems(self) -> Iterator[Rule]:
+        """Start recorded traffic once, so that a trace that does not fit the model is refused before anything runs."""
+        for policy in self.policies:
+            model = self.model_of(policy)
+            if self.traffic.provides == "ids" and model.is_moe:
+                shape = TrafficShape(
+                    model.n_moe_layers, model.n_routed_experts, model.num_experts_per_tok, self.parallel.ep_size
+                )
+                try:
+                    source = self.traffic.start(shape, self.seed, 0)
+                    ranks, tokens = self.parallel.ep_size, self.tokens_per_rank
+                    source.batch("train", self.steps.count - 1, n_ranks=ranks, tokens_per_rank=tokens)
+                except (ValueError, OSError) as error:
+                    yield ("traffic",), str(error)
+                return
 
     def _policy_problems(self, i: int, policy: Policy) -> Iterator[Rule]:
         at: tuple[str | int, ...] = ("policies", i)

@@ -17,7 +17,7 @@ import numpy as np
 from sim import rollout
 from sim.conservation import ConservationError, check_time
 from sim.cluster import build_network
-from sim.engine import breakdown, des, maxplus
+from sim.engine import breakdown, des, maxplus, violations
 from sim.engine.training import Work, build_plan
 from sim.estimate import Estimate, TooBig, estimate
 from sim.exchange import Exchange, token_bytes
@@ -27,7 +27,8 @@ from sim.rollout import Counts, Task, measured_steps
 from sim.scenario import Scenario, load
 from sim.units import PS_PER_S
 
-A, B = TypeVar("A"), TypeVar("B")
+A = TypeVar("A")
+B = TypeVar("B")
 Table = dict[str, list[Any]]
 LAYERS_PER_TASK = 4
 # Starting a worker process costs about a second, so small runs stay in this one.
@@ -77,10 +78,10 @@ def _tasks(scenario: Scenario) -> list[Task]:
             groups.setdefault(model.model_dump_json(), []).append(i)
     tasks = []
     for replica in range(scenario.replicas):
-        for members in groups.values():
-            n = scenario.model_of(scenario.policies[members[0]]).n_moe_layers
+        for indices in groups.values():
+            n = scenario.model_of(scenario.policies[indices[0]]).n_moe_layers
             for start in range(0, n, LAYERS_PER_TASK):
-                tasks.append(Task(scenario, tuple(members), replica, range(start, min(n, start + LAYERS_PER_TASK))))
+                tasks.append(Task(scenario, tuple(indices), replica, range(start, min(n, start + LAYERS_PER_TASK))))
     return tasks
 
 
@@ -92,21 +93,35 @@ def _time_step(job: tuple[Scenario, int, list[list[Exchange]]]) -> dict[str, Any
     plan = build_plan(Work(scenario, policy, network, exchanges))
     engine = des if scenario.schedule.engine == "simpy" else maxplus
     timeline = engine.simulate(plan)
+    broken = violations(plan, timeline)
+    if broken:
+        raise ConservationError("; ".join(broken))
     parts = breakdown(plan, timeline)
     check_time(parts, timeline.makespan_ps)
     return {"parts": parts, "makespan_ps": timeline.makespan_ps, "events": timeline.n_events}
 
 
-def _mapper(jobs: int) -> tuple[Callable[[Callable[[A], B], Sequence[A]], Iterator[B]], Callable[[], None]]:
-    if jobs <= 1:
-        return (lambda function, items: map(function, items)), (lambda: None)
+class _Workers:
+    """``map`` on this process or on several; order and results are the same."""
+
+    def __init__(self, jobs: int) -> None:
+        self.pool = _pool(jobs) if jobs > 1 else None
+
+    def map(self, function: Callable[[A], B], items: Sequence[A]) -> Iterator[B]:
+        return map(function, items) if self.pool is None else self.pool.map(function, items)
+
+    def close(self) -> None:
+        if self.pool is not None:
+            self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _pool(jobs: int) -> ProcessPoolExecutor:
     # BLAS threads of the workers would compete with the workers themselves.
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")
     import multiprocessing
 
-    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
-    return (lambda function, items: pool.map(function, items)), (lambda: pool.shutdown(wait=False, cancel_futures=True))
+    return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
 
 
 def _watched(items: Iterable[B], total: int, label: str, progress: bool) -> Iterator[B]:
@@ -123,9 +138,9 @@ def simulate(scenario: Scenario, jobs: int | None, expected: Estimate, progress:
     tasks = _tasks(scenario)
     if jobs is None:
         jobs = min(os.cpu_count() or 1, max(1, len(tasks))) if expected.seconds > WORTH_A_PROCESS_S else 1
-    mapper, close = _mapper(jobs)
+    workers = _Workers(jobs)
     try:
-        rolled: list[list[Counts]] = list(_watched(mapper(rollout.run, tasks), len(tasks), "routing", progress))
+        rolled: list[list[Counts]] = list(_watched(workers.map(rollout.run, tasks), len(tasks), "routing", progress))
         counts: dict[tuple[int, int], list[Counts]] = {}
         for task, results in zip(tasks, rolled, strict=True):
             for result in results:
@@ -137,9 +152,9 @@ def simulate(scenario: Scenario, jobs: int | None, expected: Estimate, progress:
                     layers = counts.get((replica, index), [])
                     timing_jobs.append((replica, index, step, [layer.exchanges[step] for layer in layers]))
         todo = [(scenario, index, exchanges) for _, index, _, exchanges in timing_jobs]
-        timed = list(_watched(mapper(_time_step, todo), len(todo), "timing", progress))
+        timed = list(_watched(workers.map(_time_step, todo), len(todo), "timing", progress))
     finally:
-        close()
+        workers.close()
     timing = {(replica, index, step): t for (replica, index, step, _), t in zip(timing_jobs, timed, strict=True)}
     tables = _tabulate(scenario, counts, timing)
     return Result(scenario, tables, summarise(tables, scenario), sum(int(t["events"]) for t in timed))

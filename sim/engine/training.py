@@ -77,7 +77,7 @@ class Durations:
                 activation_bytes_per_token=2.0 * width * self.element,
                 dtype=self.cost.gemm_dtype,
                 sm_fraction=self.sm_fraction,
-                part=part,  # type: ignore[arg-type]
+                part=part,
             )
         return total
 

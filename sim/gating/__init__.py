@@ -20,7 +20,7 @@ from sim.gating.select import Candidates, Select
 from sim.gating.select.topk import TopK
 from sim.kernels.choose import Kernels, choose
 from sim.model import Model
-from sim.plugin import Choice, members
+from sim.plugin import Choice, make
 from sim.tokens import F32, F64, I16, I64, Routing, Tokens
 
 __all__ = ["Gate", "Gating"]
@@ -64,7 +64,7 @@ class Gate:
     def __init__(self, gating: Gating, model: Model, kernels: Kernels | None = None) -> None:
         self.n_routed_experts = model.n_routed_experts
         self.k = model.num_experts_per_tok
-        self.score = gating.score or members(Score)[model.scoring_func]()
+        self.score = gating.score or make(Score, model.scoring_func)
         self.select = gating.select.for_model(model)
         self.balance: Sequence[Balance] = gating.balance
         self.capacity = gating.capacity

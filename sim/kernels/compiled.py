@@ -11,7 +11,7 @@ _W = 8  # lanes per group: each holds the maximum of every eighth expert of the 
 _TAKEN = np.int64(-(2**62))
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True)
 def _largest(keys):  # type: ignore[no-untyped-def]
     best = keys[0]
     for i in range(1, len(keys)):
@@ -19,7 +19,7 @@ def _largest(keys):  # type: ignore[no-untyped-def]
     return best
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True)
 def _select(scores, scale, shift, k, n_group, topk_group, n_best, limited, out):  # type: ignore[no-untyped-def]
     """Repeat k times: take the largest key, refill its lane. No data-dependent branch, so no mispredictions.
 
@@ -149,7 +149,7 @@ _C0, _C1, _C2, _C3, _C4, _C5, _C6 = (
 )
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True)
 def _exp(x, sign, logistic, out):  # type: ignore[no-untyped-def]
     # Two loops over a cached block: writing exponent bits and reading them as floats in one loop would alias.
     power_bits = np.empty(_BLOCK, dtype=np.int32)
@@ -196,7 +196,7 @@ def sigmoid(logits: F32) -> F32:
     return out
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True)
 def _normalise(e, out):  # type: ignore[no-untyped-def]
     for t in range(e.shape[0]):
         total = 0.0
@@ -215,7 +215,7 @@ def softmax(logits: F32) -> F32:
     return out
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True)
 def _group_tokens(topk_ids, expert_to_group, n_groups):  # type: ignore[no-untyped-def]
     counts = np.zeros(n_groups, dtype=np.int64)
     seen = np.full(n_groups, -1, dtype=np.int64)
@@ -236,7 +236,7 @@ def group_tokens(topk_ids: I16, expert_to_group: I32, n_groups: int) -> I64:
     return counts
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True)
 def _expert_tokens(topk_ids, n_experts):  # type: ignore[no-untyped-def]
     counts = np.zeros(n_experts, dtype=np.int64)
     for t in range(topk_ids.shape[0]):
@@ -252,7 +252,7 @@ def expert_tokens(topk_ids: I16, n_experts: int) -> I64:
     return counts
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True)
 def _picked(values, topk_ids, out):  # type: ignore[no-untyped-def]
     for t in range(topk_ids.shape[0]):
         for i in range(topk_ids.shape[1]):

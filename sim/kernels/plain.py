@@ -69,7 +69,8 @@ def group_limited_topk(
 
 def sigmoid(logits: F32) -> F32:
     """Logistic function in float32 by `exp2_fixed`; max absolute error about 1e-7."""
-    return np.float32(1.0) / (np.float32(1.0) + exp(-logits))
+    scores: F32 = np.float32(1.0) / (np.float32(1.0) + exp(-logits))
+    return scores
 
 
 _LOG2E = np.float32(1.4426950408889634)
@@ -84,10 +85,10 @@ def exp(x: F32) -> F32:
     libm and NumPy's SIMD loops differ in the last bit between machines; this sequence does not.
     Saturates at 2**-126 and 2**127.
     """
-    scaled = np.clip(x * _LOG2E, np.float32(-126.0), np.float32(127.0))
+    scaled: F32 = np.clip(x * _LOG2E, np.float32(-126.0), np.float32(127.0))
     whole = np.rint(scaled)
     f = scaled - whole
-    p = np.full_like(f, _EXP2[6])
+    p: F32 = np.full_like(f, _EXP2[6])
     for c in _EXP2[5::-1]:
         p *= f
         p += c
@@ -98,11 +99,12 @@ def exp(x: F32) -> F32:
 
 def softmax(logits: F32) -> F32:
     """Row softmax in float32: `exp` of the shifted logits over their float64 sum (fixed order)."""
-    e = exp(logits - logits.max(axis=1, keepdims=True))
+    e: F32 = exp(logits - logits.max(axis=1, keepdims=True))
     total = np.zeros(len(e), dtype=np.float64)
     for column in range(e.shape[1]):
         total += e[:, column]
-    return e / total.astype(np.float32)[:, None]
+    probabilities: F32 = e / total.astype(np.float32)[:, None]
+    return probabilities
 
 
 def expert_tokens(topk_ids: I16, n_experts: int) -> I64:
@@ -120,7 +122,8 @@ def group_tokens(topk_ids: I16, expert_to_group: I32, n_groups: int) -> I64:
     rows = np.arange(len(topk_ids))
     for i in range(topk_ids.shape[1]):
         hit[rows, lookup[topk_ids[:, i]]] = True
-    return hit[:, :n_groups].sum(axis=0, dtype=np.int64)
+    counts: I64 = hit[:, :n_groups].sum(axis=0, dtype=np.int64)
+    return counts
 
 
 def picked(values: F32, topk_ids: I16) -> F32:

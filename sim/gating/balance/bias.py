@@ -58,4 +58,5 @@ class Bias(Balance):
             move = np.sign(error).astype(np.float64)
         else:
             move = error / np.maximum(loads.sum(axis=1, keepdims=True), 1)
-        return state + self.rate(step) * gain * move.mean(axis=0)
+        moved: F64 = state + self.rate(step) * gain * move.mean(axis=0)
+        return moved

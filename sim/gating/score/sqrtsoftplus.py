@@ -19,4 +19,5 @@ class SqrtSoftplus(Score):
     def scores(self, logits: F32, kernels: Kernels) -> F32:
         wide = logits.astype(np.float64)
         softplus = np.maximum(wide, 0.0) + np.log1p(np.exp(-np.abs(wide)))
-        return np.sqrt(softplus).astype(np.float32)
+        scores: F32 = np.sqrt(softplus).astype(np.float32)
+        return scores
