@@ -23,7 +23,8 @@ def _equal(law: str, left: object, right: object) -> None:
 def check_exchange(exchange: Exchange, tokens_per_rank: int, k: int, dropped: int = 0) -> None:
     """Check one layer and micro-batch: sum of expert loads = tokens x k - dropped, and the copies that follow from it.
 
-    A rank receives at most one copy of a token and at least ceil(pairs / experts there); a node likewise.
+    A rank receives at most one copy of a token and at least ceil(pairs / experts there); a node likewise. Within these
+    bounds, the copies that each source sends must be as many as ``exchange.copies`` counted on the way.
     """
     n_ranks, n_experts = exchange.expert_tokens.shape
     _equal("C1 expert loads = tokens x k - dropped", int(exchange.expert_tokens.sum()), n_ranks * tokens_per_rank * k - dropped)
@@ -31,8 +32,10 @@ def check_exchange(exchange: Exchange, tokens_per_rank: int, k: int, dropped: in
         loads = exchange.expert_tokens.sum(axis=1)
         if (loads != tokens_per_rank * k).any():
             raise ConservationError(f"C1 each source sends tokens x k: {loads.tolist()} != {tokens_per_rank * k}")
-    if exchange.expert_tokens.min(initial=0) < 0 or exchange.rank_tokens.min(initial=0) < 0:
+    if min(int(a.min(initial=0)) for a in (exchange.expert_tokens, exchange.rank_tokens, exchange.node_tokens)) < 0:
         raise ConservationError("C1 counts are not negative")
+    if exchange.expert_tokens.max(initial=0) > tokens_per_rank:
+        raise ConservationError(f"C1 a token's experts are distinct: {exchange.expert_tokens.max()} > {tokens_per_rank}")
     per_rank = max(1, n_experts // n_ranks)
     ranks_per_node = -(-n_ranks // exchange.node_tokens.shape[1])
     pairs = exchange.pairs
@@ -45,6 +48,10 @@ def check_exchange(exchange: Exchange, tokens_per_rank: int, k: int, dropped: in
         np.maximum.reduceat(exchange.rank_tokens, starts, axis=1),
         np.minimum(copies, tokens_per_rank),
     )
+    if exchange.copies is not None:
+        for column, (name, counts) in enumerate((("ranks", exchange.rank_tokens), ("nodes", exchange.node_tokens))):
+            sent, known = counts.sum(axis=1).tolist(), exchange.copies[:, column].tolist()
+            _equal(f"C2 copies that each source sends to {name}", sent, known)
 
 
 def _between(law: str, value: I64, low: I64, high: I64) -> None:

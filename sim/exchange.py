@@ -18,24 +18,31 @@ class Layout:
     """DeepEP's dispatch layout of one source rank's tokens (``get_dispatch_layout``); all counts int64.
 
     num_tokens_per_rank: [P] tokens with at least one expert on the rank. num_tokens_per_rdma_rank: [N] the same per
-    node. num_tokens_per_expert: [E].
+    node. num_tokens_per_expert: [E]. copies: [2] sums of the first two, counted another way (see `Exchange.copies`).
     """
 
     num_tokens_per_rank: I64
     num_tokens_per_rdma_rank: I64
     num_tokens_per_expert: I64
+    copies: I64
 
 
 def dispatch_layout(
     topk_ids: I16, expert_rank: I32, ep_size: int, ranks_per_node: int, n_routed_experts: int, kernels: Kernels
 ) -> Layout:
     """Count the destinations of [T, k] int16 ids under ``expert_rank`` [E] int32; -1 goes nowhere."""
+    expert_node, nodes = (expert_rank // ranks_per_node).astype(np.int32), -(-ep_size // ranks_per_node)
     return Layout(
         kernels.group_tokens(topk_ids, expert_rank, ep_size),
-        kernels.group_tokens(
-            topk_ids, (expert_rank // ranks_per_node).astype(np.int32), -(-ep_size // ranks_per_node)
-        ),
+        kernels.group_tokens(topk_ids, expert_node, nodes),
         kernels.expert_tokens(topk_ids, n_routed_experts),
+        np.array(
+            [
+                kernels.distinct_groups(topk_ids, expert_rank, ep_size),
+                kernels.distinct_groups(topk_ids, expert_node, nodes),
+            ],
+            dtype=np.int64,
+        ),
     )
 
 
@@ -51,13 +58,15 @@ class Exchange:
     """The tokens of one MoE layer and micro-batch, for a whole EP group (P ranks, N nodes, E experts); int64.
 
     rank_tokens: [P, P], row s: ``num_tokens_per_rank`` of source s. node_tokens: [P, N]. expert_tokens: [P, E].
-    expert_rank: [E] int32.
+    expert_rank: [E] int32. copies: [P, 2], the row sums of rank_tokens and node_tokens counted by another algorithm, so
+    that `sim.conservation` can tell a lost copy; None if unknown.
     """
 
     rank_tokens: I64
     node_tokens: I64
     expert_tokens: I64
     expert_rank: I32
+    copies: I64 | None = None
 
     @property
     def pairs(self) -> I64:

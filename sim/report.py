@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,7 +59,7 @@ def _table(result: Result, names: Sequence[str]) -> list[str]:
         for name in names:
             mean, half, diff, diff_half = values[policy, name]
             cell = number(mean, metrics[name])
-            if not math.isnan(half) and not name.endswith("_floor") and half > 0:
+            if not math.isnan(half) and not name.endswith("_floor") and half > 1e-6 * abs(mean):
                 cell += f" ±{half * metrics[name].scale:.2g}"
             row.append(cell)
         if "step_time_s" in names:
@@ -87,10 +88,11 @@ def describe(scenario: Scenario) -> list[str]:
         f"{model.n_moe_layers} MoE layers, {scenario.schedule.phase}, overlap {scenario.schedule.overlap}",
         f"traffic {scenario.traffic.kind}, {scenario.steps.count} step(s), {scenario.replicas} replica(s), seed {scenario.seed}"
         + (f"; balancing settled by {warm.steps} warm-up batches of {warm.ranks * warm.tokens_per_rank} tokens" if warm.steps else ""),
-        f"compute {scenario.cost.compute.kind} ({scenario.cost.compute.provenance(cluster.device)}); "
-        f"communication {scenario.cost.communication.kind}, {scenario.cost.mode} kernels; token-level resolution",
+        f"compute {scenario.cost.compute.kind}, communication {scenario.cost.communication.kind} ({scenario.cost.mode} "
+        f"kernels), engine {scenario.schedule.engine}, every token routed",
+        f"constants: {scenario.cost.compute.provenance(cluster.device)}",
     ]
-    return lines
+    return [part for line in lines for part in textwrap.wrap(line, 120, subsequent_indent="  ")]
 
 
 def terminal(result: Result) -> str:

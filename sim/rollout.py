@@ -114,6 +114,7 @@ class _Layer:
             nodes = -(-n_ranks // self.ranks_per_node)
             self.rank_tokens: I64 = np.zeros((parts, n_ranks, n_ranks), dtype=np.int64)
             self.node_tokens: I64 = np.zeros((parts, n_ranks, nodes), dtype=np.int64)
+            self.copies: I64 = np.zeros((parts, n_ranks, 2), dtype=np.int64)
 
     def take(self, rank: int, topk_ids: I16) -> None:
         """Count one rank's choices, micro-batch by micro-batch."""
@@ -130,6 +131,7 @@ class _Layer:
                 self.rank_tokens[part, rank] = layout.num_tokens_per_rank
                 self.node_tokens[part, rank] = layout.num_tokens_per_rdma_rank
                 self.counts[part, rank] = layout.num_tokens_per_expert
+                self.copies[part, rank] = layout.copies
             else:
                 self.counts[part, rank] = self.gate.kernels.expert_tokens(ids, self.model.n_routed_experts)
 
@@ -138,7 +140,11 @@ class _Layer:
         found = []
         for part in range(self.micro_batches):
             exchange = Exchange(
-                self.rank_tokens[part], self.node_tokens[part], self.counts[part], self.result.expert_rank
+                self.rank_tokens[part],
+                self.node_tokens[part],
+                self.counts[part],
+                self.result.expert_rank,
+                self.copies[part],
             )
             check_exchange(exchange, tokens_per_rank // self.micro_batches, k)
             found.append(exchange)

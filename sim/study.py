@@ -229,7 +229,7 @@ def _layer_rows(scenario: Scenario, index: int, result: Counts) -> dict[str, Any
 
 def _exchange_row(scenario: Scenario, index: int, layers: list[list[Exchange]]) -> dict[str, float]:
     if not layers:
-        return {"nodes_per_token": 0.0, "devices_per_token": 0.0, "inter_node_bytes": 0.0}
+        return _NO_EXCHANGE
     policy = scenario.policies[index]
     cost, domain = scenario.cost, scenario.cluster.topology.domain(scenario.cluster)
     tokens = scenario.parallel.ep_size * scenario.tokens_per_rank * len(layers)

@@ -20,114 +20,135 @@ def _largest(keys):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _select(scores, scale, shift, k, n_group, topk_group, n_best, limited, out):  # type: ignore[no-untyped-def]
-    """Repeat k times: take the largest key, refill its lane. No data-dependent branch, so no mispredictions.
+def _keys(scores, scale, shift, row, bits, keys):  # type: ignore[no-untyped-def]
+    """Fill ``keys`` with one token's sortable int64: the float32 score as an ordered integer, then the reversed index.
 
-    A key is the order-preserving integer image of the float32 score, then the reversed expert index, in one int64:
-    the largest key is the best score with ties to the lowest expert. Slices instead of computed indices tell Numba that
-    an index is not negative, without which nothing vectorises.
+    The largest key is the best score, ties to the lowest expert. ``bits`` is ``row`` seen as integers.
     """
+    n = len(scores)
+    for e in range(n):
+        row[e] = (scores[e] * scale[e] + shift[e]) + np.float32(0.0)  # + 0 turns -0.0 into 0.0: they must tie
+    for e in range(n):
+        v = np.int64(bits[e])
+        v = v ^ ((v >> 63) & 0x7FFFFFFF)
+        keys[e] = (v << 16) | (65535 - e)
+
+
+@njit(cache=True, nogil=True)
+def _topk(scores, scale, shift, k, lanes, out):  # type: ignore[no-untyped-def]
+    """k times: take the largest of the lane maxima, refill its lane. No data-dependent branch to mispredict."""
+    n_tokens, n_experts = scores.shape
+    depth = (n_experts + lanes - 1) // lanes
+    row = np.empty(n_experts, dtype=np.float32)
+    bits = row.view(np.int32)
+    keys = np.full((depth, lanes), _TAKEN, dtype=np.int64)
+    flat = keys.reshape(depth * lanes)
+    lane = np.empty(lanes, dtype=np.int64)
+    lane_of = np.arange(n_experts) % lanes  # a table instead of divisions in the loop
+    for t in range(n_tokens):
+        _keys(scores[t], scale, shift, row, bits, flat)
+        for j in range(lanes):
+            lane[j] = keys[0, j]
+        for d in range(1, depth):
+            for j in range(lanes):
+                lane[j] = keys[d, j] if keys[d, j] > lane[j] else lane[j]
+        for i in range(k):
+            e = 65535 - (_largest(lane) & 65535)
+            out[t, i] = e
+            j = lane_of[e]
+            flat[e] = _TAKEN
+            m = keys[0, j]
+            for d in range(1, depth):
+                m = keys[d, j] if keys[d, j] > m else m
+            lane[j] = m
+
+
+@njit(cache=True, nogil=True)
+def _group_limited(scores, scale, shift, k, n_group, topk_group, n_best, out):  # type: ignore[no-untyped-def]
+    """As `_topk` with eight lanes per group, over the lanes of the groups that stay."""
     n_tokens, n_experts = scores.shape
     size = n_experts // n_group
     depth = (size + _W - 1) // _W
+    aligned = size == depth * _W
     row = np.empty(n_experts, dtype=np.float32)
     bits = row.view(np.int32)
-    reversed_id = np.arange(65535, 65535 - n_experts, -1)
-    plain_keys = np.empty(n_experts, dtype=np.int64)
+    plain = np.empty(n_experts, dtype=np.int64)
     keys = np.full((n_group, depth, _W), _TAKEN, dtype=np.int64)
-    flat = keys.reshape(n_group, depth * _W)
+    flat = keys.reshape(n_group * depth * _W)
+    grouped = keys.reshape(n_group, depth * _W)
     lane = np.empty((n_group, _W), dtype=np.int64)
     group_score = np.empty(n_group, dtype=np.float32)
-    kept = np.arange(n_group)
-    pool = np.empty((n_group, _W), dtype=np.int64)  # lane maxima of the kept groups, side by side
-    pool_flat = pool.reshape(n_group * _W)
+    group_bits = group_score.view(np.int32)
+    group_key = np.empty(n_group, dtype=np.int64)
+    pool = np.empty((topk_group, _W), dtype=np.int64)  # lane maxima of the groups that stay, side by side
+    candidates = pool.reshape(topk_group * _W)
     slot = np.arange(n_group)
     removed = np.empty(n_best, dtype=np.int64)
+    group_of = np.arange(n_experts) // size
     for t in range(n_tokens):
-        s = scores[t]
-        for e in range(n_experts):
-            row[e] = (s[e] * scale[e] + shift[e]) + np.float32(0.0)  # + 0 turns -0.0 into 0.0: they must tie
-        for e in range(n_experts):
-            v = np.int64(bits[e])
-            v = v ^ ((v >> 63) & 0x7FFFFFFF)
-            plain_keys[e] = (v << 16) | reversed_id[e]
+        if aligned:
+            _keys(scores[t], scale, shift, row, bits, flat)
+        else:
+            _keys(scores[t], scale, shift, row, bits, plain)
+            for g in range(n_group):
+                for i in range(size):
+                    grouped[g, i] = plain[g * size + i]
         for g in range(n_group):
-            fg, a = flat[g], g * size
-            source = plain_keys[a : a + size]
-            for i in range(size):
-                fg[i] = source[i]
-            kg, lg = keys[g], lane[g]
             for j in range(_W):
-                lg[j] = kg[0, j]
+                lane[g, j] = keys[g, 0, j]
             for d in range(1, depth):
-                kd = kg[d]
                 for j in range(_W):
-                    lg[j] = kd[j] if kd[j] > lg[j] else lg[j]
-        n_kept = n_group
-        if limited:
-            for g in range(n_group):
-                kg, lg = keys[g], lane[g]
-                total = np.float32(0.0)
-                for i in range(n_best):
-                    key = _largest(lg)
-                    e = 65535 - (key & 65535)
-                    total = row[e] if i == 0 else np.float32(total + row[e])
-                    if i < n_best - 1:
-                        p = e - g * size
-                        removed[i] = key
-                        kg[p // _W, p % _W] = _TAKEN
-                        m = kg[0, p % _W]
-                        for d in range(1, depth):
-                            m = kg[d, p % _W] if kg[d, p % _W] > m else m
-                        lg[p % _W] = m
-                group_score[g] = total
-                for i in range(n_best - 1):
-                    p = 65535 - (removed[i] & 65535) - g * size
-                    kg[p // _W, p % _W] = removed[i]
-                    lg[p % _W] = max(lg[p % _W], removed[i])
-            n_kept = 0
-            for g in range(n_group):
-                mine = group_score[g]
-                rank = 0
-                for h in range(n_group):
-                    rank += (group_score[h] > mine) | ((group_score[h] == mine) & (h < g))
-                if rank < topk_group:
-                    kept[n_kept] = g
-                    slot[g] = n_kept
-                    n_kept += 1
-        for i in range(n_kept):
-            lg, pg = lane[kept[i]], pool[i]
+                    lane[g, j] = keys[g, d, j] if keys[g, d, j] > lane[g, j] else lane[g, j]
+        for g in range(n_group):
+            total = np.float32(0.0)
+            for i in range(n_best):
+                key = lane[g, 0]
+                for j in range(1, _W):
+                    key = lane[g, j] if lane[g, j] > key else key
+                e = 65535 - (key & 65535)
+                total = row[e] if i == 0 else np.float32(total + row[e])
+                if i < n_best - 1:
+                    p = e - g * size
+                    j = p & (_W - 1)
+                    removed[i] = key
+                    keys[g, p >> 3, j] = _TAKEN
+                    m = keys[g, 0, j]
+                    for d in range(1, depth):
+                        m = keys[g, d, j] if keys[g, d, j] > m else m
+                    lane[g, j] = m
+            group_score[g] = total + np.float32(0.0)
+            for i in range(n_best - 1):
+                p = 65535 - (removed[i] & 65535) - g * size
+                j = p & (_W - 1)
+                keys[g, p >> 3, j] = removed[i]
+                lane[g, j] = max(lane[g, j], removed[i])
+        for g in range(n_group):
+            v = np.int64(group_bits[g])
+            v = v ^ ((v >> 63) & 0x7FFFFFFF)
+            group_key[g] = (v << 16) | (65535 - g)
+        for i in range(topk_group):
+            g = 65535 - (_largest(group_key) & 65535)
+            group_key[g] = _TAKEN
+            slot[g] = i
             for j in range(_W):
-                pg[j] = lg[j]
-        candidates = pool_flat[: n_kept * _W]
+                pool[i, j] = lane[g, j]
         for i in range(k):
-            key = _largest(candidates)
-            e = 65535 - (key & 65535)
+            e = 65535 - (_largest(candidates) & 65535)
             out[t, i] = e
-            g = e // size
+            g = group_of[e]
             p = e - g * size
-            j = p % _W
-            kg = keys[g]
-            kg[p // _W, j] = _TAKEN
-            m = kg[0, j]
+            j = p & (_W - 1)
+            keys[g, p >> 3, j] = _TAKEN
+            m = keys[g, 0, j]
             for d in range(1, depth):
-                m = kg[d, j] if kg[d, j] > m else m
+                m = keys[g, d, j] if keys[g, d, j] > m else m
             pool[slot[g], j] = m
-
-
-def _virtual_groups(n_experts: int) -> int:
-    """Split a plain top-k into strips of about 32 experts, so that lane maxima give a tight bound."""
-    for size in (32, 16, 64, 40, 24, 20, 48, 8):
-        if n_experts % size == 0:
-            return n_experts // size
-    return 1
 
 
 def topk(scores: F32, scale: F32, shift: F32, k: int) -> I16:
     """As `sim.kernels.plain.topk`."""
     out = np.empty((len(scores), k), dtype=np.int16)
-    n_group = _virtual_groups(scores.shape[1])
-    _select(scores, scale, shift, k, n_group, n_group, 1, False, out)
+    _topk(scores, scale, shift, k, 32 if scores.shape[1] >= 96 else 16 if scores.shape[1] >= 32 else 4, out)
     return out
 
 
@@ -135,9 +156,11 @@ def group_limited_topk(
     scores: F32, scale: F32, shift: F32, k: int, n_group: int, topk_group: int, n_best: int
 ) -> I16:
     """As `sim.kernels.plain.group_limited_topk`."""
+    if topk_group >= n_group:
+        return topk(scores, scale, shift, k)
     out = np.empty((len(scores), k), dtype=np.int16)
     n_best = min(n_best, scores.shape[1] // n_group)
-    _select(scores, scale, shift, k, n_group, topk_group, n_best, topk_group < n_group, out)
+    _group_limited(scores, scale, shift, k, n_group, topk_group, n_best, out)
     return out
 
 
@@ -234,6 +257,26 @@ def group_tokens(topk_ids: I16, expert_to_group: I32, n_groups: int) -> I64:
     """As `sim.kernels.plain.group_tokens`."""
     counts: I64 = _group_tokens(topk_ids, expert_to_group, n_groups)
     return counts
+
+
+@njit(cache=True, nogil=True)
+def _distinct_groups(topk_ids, expert_to_group, n_groups):  # type: ignore[no-untyped-def]
+    words = np.empty((n_groups + 63) >> 6, dtype=np.int64)
+    total = 0
+    for t in range(topk_ids.shape[0]):
+        words[:] = 0
+        for i in range(topk_ids.shape[1]):
+            e = topk_ids[t, i]
+            if e >= 0:
+                g = expert_to_group[e]
+                total += 1 - ((words[g >> 6] >> (g & 63)) & 1)
+                words[g >> 6] |= 1 << (g & 63)
+    return total
+
+
+def distinct_groups(topk_ids: I16, expert_to_group: I32, n_groups: int) -> int:
+    """As `sim.kernels.plain.distinct_groups`."""
+    return int(_distinct_groups(topk_ids, expert_to_group, n_groups))
 
 
 @njit(cache=True, nogil=True)
