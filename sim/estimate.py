@@ -59,7 +59,8 @@ def events_per_step(scenario: Scenario) -> int:
         shared = 1 if model.n_shared_experts else 0
         per_layer = (4 + shared) * model.n_moe_layers + 2 * dense
         per_layer += model.num_hidden_layers if parallel.tp_size > 1 else 0
-        total += per_layer * passes * scenario.schedule.micro_batches * parallel.ep_size
+        weight_gradients = model.n_moe_layers if passes == 2 else 0
+        total += (per_layer * passes + weight_gradients) * scenario.schedule.micro_batches * parallel.ep_size
     return total
 
 

@@ -253,11 +253,12 @@ def _time_row(scenario: Scenario, clock: dict[str, Any] | None) -> dict[str, flo
     if clock is None:
         return dict.fromkeys(("step_time_s", *TIME_PARTS, "tokens_per_s_per_gpu"), np.nan)
     mean = {key: float(value.mean()) / PS_PER_S for key, value in clock["parts"].items()}
-    known = {"attention", "experts", "exposed_communication", "waiting"}
+    experts = ("experts", "experts_wgrad")
+    known = {"attention", *experts, "exposed_communication", "waiting"}
     row = {
         "step_time_s": clock["makespan_ps"] / PS_PER_S,
         "attention_s": mean.get("attention", 0.0),
-        "experts_s": mean.get("experts", 0.0),
+        "experts_s": sum(mean.get(part, 0.0) for part in experts),
         "other_compute_s": sum(value for key, value in mean.items() if key not in known),
         "exposed_communication_s": mean["exposed_communication"],
         "waiting_s": mean["waiting"],

@@ -1,8 +1,8 @@
 """From counts to a plan: the operations of one step, their order on the streams, and their durations.
 
 One MoE layer, forward: attention (projections, core, norms, gate) -> dispatch -> experts -> combine, the shared experts
-while the dispatch is in flight. Backward mirrors it: the gradients are dispatched to the experts, the experts run dgrad
-and wgrad, and the results are combined. A dense layer is compute only; tensor parallelism adds an all-reduce.
+while the dispatch is in flight. Backward mirrors it: the gradients are dispatched to the experts, these run dgrad, the
+results are combined, and wgrad fills the time that the combine takes (as in DualPipe and ZB1P). A dense layer is compute only; tensor parallelism adds an all-reduce.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sim.conservation import check_flops
+from sim.cost import Part
 from sim.cost.elementwise import elementwise_bytes_per_token
 from sim.engine.plan import Op, Plan, Stream
 from sim.exchange import Exchange, token_bytes
@@ -30,7 +31,8 @@ _SLOT = {
     "attention": 0, "dense_ffn": 1, "tensor_parallel": 2, "dispatch": 2, "shared_experts": 3, "experts": 4, "combine": 5,
 }  # fmt: skip
 _SLOT_BACKWARD = {
-    "dispatch": 0, "shared_experts": 1, "dense_ffn": 1, "experts": 2, "combine": 3, "attention": 4, "tensor_parallel": 5,
+    "dispatch": 0, "shared_experts": 1, "dense_ffn": 1, "experts": 2, "experts_wgrad": 3, "combine": 3, "attention": 4,
+    "tensor_parallel": 5,
 }  # fmt: skip
 
 
@@ -127,26 +129,23 @@ class Durations:
         self._same[key] = seconds
         return seconds
 
-    def experts(self, exchange: Exchange, backward: bool) -> F64:
-        """Seconds [P] of each rank's routed experts for one micro-batch."""
+    def experts(self, exchange: Exchange, part: Part) -> F64:
+        """Seconds [P] of each rank's routed experts for one micro-batch and pass."""
         per_expert = exchange.expert_tokens.sum(axis=0)
         pairs = np.bincount(exchange.expert_rank, weights=per_expert, minlength=self.n_ranks)
         active = np.bincount(exchange.expert_rank, weights=per_expert > 0, minlength=self.n_ranks)
-        passes = ("dgrad", "wgrad") if backward else ("forward",)
-        self.billed_expert_flops += int(pairs.sum()) * self.model.expert_flops * len(passes)
-        seconds = np.zeros(self.n_ranks)
-        for part in passes:
-            seconds = seconds + self.cost.compute.grouped_gemm_s(
-                self.device,
-                pairs=pairs,
-                active_experts=active,
-                ep_tokens=exchange.rank_tokens.sum(axis=0),
-                hidden_size=self.model.dispatch_hidden_size,
-                moe_intermediate_size=self.model.moe_intermediate_size or 0,
-                dtype=self.cost.gemm_dtype,
-                sm_fraction=self.sm_fraction,
-                part=part,  # type: ignore[arg-type]
-            )
+        self.billed_expert_flops += int(pairs.sum()) * self.model.expert_flops
+        seconds = self.cost.compute.grouped_gemm_s(
+            self.device,
+            pairs=pairs,
+            active_experts=active,
+            ep_tokens=exchange.rank_tokens.sum(axis=0),
+            hidden_size=self.model.dispatch_hidden_size,
+            moe_intermediate_size=self.model.moe_intermediate_size or 0,
+            dtype=self.cost.gemm_dtype,
+            sm_fraction=self.sm_fraction,
+            part=part,
+        )
         return np.where(pairs > 0, seconds, 0.0)
 
     def transfer(self, exchange: Exchange, direction: str) -> Duration:
@@ -198,7 +197,7 @@ def _layer_items(d: Durations, layer: int, micro: int, backward: bool, before: t
             if (layer, micro, direction) not in cache:
                 cache[layer, micro, direction] = d.transfer(exchange, direction)
         dispatch, combine = cache[layer, micro, "dispatch"], cache[layer, micro, "combine"]
-        experts = to_ps(d.experts(exchange, backward))
+        experts = to_ps(d.experts(exchange, "dgrad" if backward else "forward"))
         shared = d.model.n_shared_experts > 0 or bool(d.same(layer, "shared_experts", backward) > 0)
         first = before
         if not backward:
@@ -209,6 +208,9 @@ def _layer_items(d: Durations, layer: int, micro: int, backward: bool, before: t
             items.append(item("shared_experts", "compute", first, even("shared_experts")))
         items.append(item("experts", "compute", (key("dispatch"),), (experts, None)))
         items.append(item("combine", "communication", (key("experts"),), combine))
+        if backward:
+            wgrad = to_ps(d.experts(exchange, "wgrad"))
+            items.append(item("experts_wgrad", "compute", (key("experts"),), (wgrad, None)))
         last: tuple[tuple[int, bool, int, str], ...] = (key("combine"), key("shared_experts")) if shared else (key("combine"),)
         if backward:
             items.append(item("attention", "compute", last, even("attention")))
