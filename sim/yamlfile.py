@@ -241,6 +241,8 @@ class _Library:
         key, rest = keys[0], keys[1:]
         if node.value is None:
             node = Node({}, new.mark)
+        if isinstance(node.value, str) and rest == () and re.fullmatch("[a-z][a-z0-9_]*", node.value):
+            node = Node({"kind": node}, node.mark)  # ``select: topk`` is short for ``select: {kind: topk}``
         if isinstance(node.value, dict):
             child = node.value.get(key, Node(None, new.mark))
             return Node({**node.value, key: self.put(child, rest, new, (*path, key))}, node.mark)

@@ -99,14 +99,16 @@ def test_gate_is_deepseek_v3s(kernels: object) -> None:
     logits[:200] = np.round(logits[:200] / 2) * 2  # hardly any distinct values
     logits[200:5000] += rng.standard_normal((4800, 256), dtype=np.float32)
     routing = gate.route(_tokens(logits))
-    scores = (1 / (1 + np.exp(-logits.astype(np.float64)))).astype(np.float32)
+    # The last bit of a sigmoid decides near-ties, so the ids are held to our scores and those to float64.
+    scores = gate.score.scores(logits, gate.kernels)
+    np.testing.assert_allclose(scores, 1 / (1 + np.exp(-logits.astype(np.float64))), rtol=0, atol=2.5e-7)
     ids, weights = published_v3(scores, bias)
     np.testing.assert_array_equal(routing.topk_ids, ids)
     np.testing.assert_allclose(routing.topk_weights, weights, rtol=0, atol=1e-6)
     # The comparison is worth something: ties are there, and the bias matters.
     assert np.unique(bias).size < 256
     assert (routing.topk_ids != gate.kernels.group_limited_topk(
-        gate.score.scores(logits, gate.kernels), np.ones(256, np.float32), np.zeros(256, np.float32), 8, 8, 4, 2
+        scores, np.ones(256, np.float32), np.zeros(256, np.float32), 8, 8, 4, 2
     )).any()  # fmt: skip
 
 
@@ -427,7 +429,6 @@ def test_more_groups_never_lose_affinity(seed: int, group_score: str) -> None:
         rule = GroupLimited.model_validate(
             {"kind": "group_limited", "n_group": 8, "topk_group": topk_group, "group_score": group_score}
         )
-        # k = 8 throughout: n_best of topk_sum changes with topk_group, so fix k / topk_group by comparing max and sum2.
         ids = rule.select(candidates(scores, 8))
         assert max(len(set(row)) for row in (ids // 8).tolist()) <= topk_group
         kept = np.take_along_axis(scores, ids.astype(int), axis=1).sum(axis=1)
@@ -515,14 +516,14 @@ def test_v3_keeps_most_of_what_it_would_pick() -> None:
 def test_v2_three_devices_are_enough() -> None:
     """The knee of DeepSeek-V2 section 2.2.2, M >= 3, in probability mass kept with iid Gaussian logits."""
     model = toy_model(160, 6, n_group=8, topk_group=8, scoring_func="softmax")
-    logits = np.random.default_rng(14).standard_normal((10_000, 160), dtype=np.float32)
+    logits = np.random.default_rng(14).standard_normal((20_000, 160), dtype=np.float32)
     gate = Gate(Gating(), model, KERNELS["numba"])
     scores = gate.score.scores(logits, gate.kernels)
-    best = gate.kernels.picked(scores, gate.choose(scores, np.random.default_rng)).sum(dtype=float)
+    best = gate.kernels.picked(scores, gate.choose(scores, np.random.default_rng)).sum(axis=1)
     for topk_group, share in ((1, 0.607), (2, 0.836), (3, 0.944), (4, 0.988), (5, 0.999)):
         rule = GroupLimited(n_group=8, topk_group=topk_group, group_score="max")
         ids = rule.select(candidates(scores, 6, kernels=gate.kernels))
-        assert gate.kernels.picked(scores, ids).sum(dtype=float) / best == pytest.approx(share, abs=0.004)
+        assert (gate.kernels.picked(scores, ids).sum(axis=1) / best).mean() == pytest.approx(share, abs=0.005)
 
 
 def test_random_picks_every_pair_equally_often() -> None:

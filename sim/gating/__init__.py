@@ -57,7 +57,7 @@ class Gate:
     >>> gate = Gate(Gating(select=GroupLimited(n_group=2, topk_group=1, group_score="max")), model)
     >>> logits = np.array([[0.0, 1.0, 2.0, -1.0]], dtype=np.float32)
     >>> routing = gate.route(Tokens(rank=0, logits=logits, topic=np.zeros(1, dtype=np.int32)))
-    >>> routing.topk_ids.tolist(), routing.topk_weights.round(3).tolist()
+    >>> routing.topk_ids.tolist(), routing.topk_weights.astype(float).round(3).tolist()
     ([[2, 3]], [[0.766, 0.234]])
     """
 

@@ -11,7 +11,12 @@ import numpy as np
 
 
 class NoBalance(Balance):
-    """Changes nothing."""
+    """Changes nothing.
+
+    >>> rule = NoBalance()
+    >>> rule.adjust(rule.update(rule.start(3), np.array([[[8, 4, 0]]]), step=0))
+    (1.0, 0.0)
+    """
 
     kind: Literal["none"] = "none"
 

@@ -9,7 +9,12 @@ from sim.tokens import F32, I16
 
 
 class NoCapacity(Capacity):
-    """Every choice is kept."""
+    """Every choice is kept.
+
+    >>> import numpy as np
+    >>> NoCapacity().keep(np.array([[1], [1], [1]], np.int16), np.ones((3, 1), np.float32), 2).ravel().tolist()
+    [1, 1, 1]
+    """
 
     kind: Literal["none"] = "none"
 

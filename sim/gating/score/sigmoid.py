@@ -10,7 +10,14 @@ from sim.tokens import F32
 
 
 class Sigmoid(Score):
-    """s = 1 / (1 + exp(-z))."""
+    """s = 1 / (1 + exp(-z)).
+
+    >>> import numpy as np
+    >>> from sim.kernels import plain
+    >>> logits = np.array([[0.0, 1.0986123, -1.0]], np.float32)
+    >>> Sigmoid().scores(logits, plain).astype(float).round(4).tolist()
+    [[0.5, 0.75, 0.2689]]
+    """
 
     kind: Literal["sigmoid"] = "sigmoid"
 

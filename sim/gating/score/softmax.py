@@ -10,7 +10,14 @@ from sim.tokens import F32
 
 
 class Softmax(Score):
-    """s = exp(z) / sum(exp(z)). A softmax over the k selected logits (Mixtral) is this plus ``norm_topk_prob``."""
+    """s = exp(z) / sum(exp(z)). A softmax over the k selected logits (Mixtral) is this plus ``norm_topk_prob``.
+
+    >>> import numpy as np
+    >>> from sim.kernels import plain
+    >>> logits = np.array([[0.0, 1.0986123, -1.0]], np.float32)
+    >>> Softmax().scores(logits, plain).astype(float).round(4).tolist()
+    [[0.2289, 0.6868, 0.0842]]
+    """
 
     kind: Literal["softmax"] = "softmax"
 

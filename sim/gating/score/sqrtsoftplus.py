@@ -12,7 +12,13 @@ from sim.tokens import F32
 
 
 class SqrtSoftplus(Score):
-    """s = sqrt(log(1 + exp(z)))."""
+    """s = sqrt(log(1 + exp(z))).
+
+    >>> from sim.kernels import plain
+    >>> logits = np.array([[0.0, 1.0986123, -1.0]], np.float32)
+    >>> SqrtSoftplus().scores(logits, plain).astype(float).round(4).tolist()
+    [[0.8326, 1.1774, 0.5597]]
+    """
 
     kind: Literal["sqrtsoftplus"] = "sqrtsoftplus"
 

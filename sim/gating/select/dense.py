@@ -11,7 +11,13 @@ from sim.tokens import I16
 
 
 class Dense(Select):
-    """All E experts, in index order; load is exactly even and nothing is gained from sparsity."""
+    """All E experts, in index order; load is exactly even and nothing is gained from sparsity.
+
+    >>> from sim.kernels import plain
+    >>> scores, one = np.array([[0.2, 0.9, 0.6]], np.float32), np.ones(3, np.float32)
+    >>> Dense().select(Candidates(scores, one, 0 * one, 1, plain, np.random.default_rng)).tolist()
+    [[0, 1, 2]]
+    """
 
     kind: Literal["dense"] = "dense"
 

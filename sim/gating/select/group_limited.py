@@ -22,6 +22,18 @@ class GroupLimited(Select):
 
     n_group, topk_group: by default the model's. group_score: ``max`` (V2), ``top2_sum`` (V3's code) or ``topk_sum`` (the
     sum of the k/topk_group best, V3's text). Group scores use biased affinities; equal groups go to the lower index.
+
+    Of the pairs (0.9, 0.1), (0.6, 0.5) and (0.7, 0.2), the second has the largest sum, the first the largest score:
+
+    >>> import numpy as np
+    >>> from sim.kernels import plain
+    >>> scores = np.array([[0.9, 0.1, 0.6, 0.5, 0.7, 0.2]], np.float32)
+    >>> one, zero = np.ones(6, np.float32), np.zeros(6, np.float32)
+    >>> for group_score in ("top2_sum", "max"):
+    ...     rule = GroupLimited(n_group=3, topk_group=1, group_score=group_score)
+    ...     rule.select(Candidates(scores, one, zero, 2, plain, np.random.default_rng)).tolist()
+    [[2, 3]]
+    [[0, 1]]
     """
 
     kind: Literal["group_limited"] = "group_limited"

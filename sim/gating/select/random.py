@@ -11,7 +11,14 @@ from sim.tokens import I16
 
 
 class Random(Select):
-    """k distinct experts per token, all sets equally likely, whatever the scores."""
+    """k distinct experts per token, all sets equally likely, whatever the scores.
+
+    >>> from sim.kernels import plain
+    >>> from sim.rng import stream
+    >>> scores, one = np.array([[0.2, 0.9, 0.6, 0.1]] * 3, np.float32), np.ones(4, np.float32)
+    >>> Random().select(Candidates(scores, one, 0 * one, 2, plain, lambda: stream(0, "gate"))).tolist()
+    [[0, 3], [0, 3], [1, 0]]
+    """
 
     kind: Literal["random"] = "random"
 

@@ -9,7 +9,15 @@ from sim.tokens import I16
 
 
 class Recorded(Select):
-    """The ids that the real router chose."""
+    """The ids that the real router chose.
+
+    >>> import numpy as np
+    >>> from sim.kernels import plain
+    >>> scores, one = np.array([[0.2, 0.9, 0.6]], np.float32), np.ones(3, np.float32)
+    >>> ids = np.array([[2, 0]], np.int16)
+    >>> Recorded().select(Candidates(scores, one, 0 * one, 2, plain, np.random.default_rng, ids)).tolist()
+    [[2, 0]]
+    """
 
     kind: Literal["recorded"] = "recorded"
     needs: ClassVar[Literal["logits", "ids"]] = "ids"
