@@ -110,9 +110,17 @@ class _Workers:
     def map(self, function: Callable[[A], B], items: Sequence[A]) -> Iterator[B]:
         return map(function, items) if self.pool is None else self.pool.map(function, items)
 
-    def close(self) -> None:
+    def __enter__(self) -> _Workers:
+        return self
+
+    def __exit__(self, kind: object, value: object, traceback: object) -> None:
         if self.pool is not None:
-            self.pool.shutdown(wait=False, cancel_futures=True)
+            if kind is not None:  # interrupted or failed: nobody waits for the tasks in progress
+                import multiprocessing
+
+                for worker in multiprocessing.active_children():
+                    worker.terminate()
+            self.pool.shutdown()
 
 
 def _pool(jobs: int) -> ProcessPoolExecutor:
@@ -121,7 +129,25 @@ def _pool(jobs: int) -> ProcessPoolExecutor:
         os.environ.setdefault(name, "1")
     import multiprocessing
 
-    return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+    return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker)
+
+
+def _start_worker() -> None:
+    """Leave interrupts to the parent, and do not outlive it."""
+    import multiprocessing
+    import signal
+    import threading
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _watched(items: Iterable[B], total: int, label: str, progress: bool) -> Iterator[B]:
@@ -138,8 +164,7 @@ def simulate(scenario: Scenario, jobs: int | None, expected: Estimate, progress:
     tasks = _tasks(scenario)
     if jobs is None:
         jobs = min(os.cpu_count() or 1, max(1, len(tasks))) if expected.seconds > WORTH_A_PROCESS_S else 1
-    workers = _Workers(jobs)
-    try:
+    with _Workers(jobs) as workers:
         rolled: list[list[Counts]] = list(_watched(workers.map(rollout.run, tasks), len(tasks), "routing", progress))
         counts: dict[tuple[int, int], list[Counts]] = {}
         for task, results in zip(tasks, rolled, strict=True):
@@ -153,8 +178,6 @@ def simulate(scenario: Scenario, jobs: int | None, expected: Estimate, progress:
                     timing_jobs.append((replica, index, step, [layer.exchanges[step] for layer in layers]))
         todo = [(scenario, index, exchanges) for _, index, _, exchanges in timing_jobs]
         timed = list(_watched(workers.map(_time_step, todo), len(todo), "timing", progress))
-    finally:
-        workers.close()
     timing = {(replica, index, step): t for (replica, index, step, _), t in zip(timing_jobs, timed, strict=True)}
     tables = _tabulate(scenario, counts, timing)
     return Result(scenario, tables, summarise(tables, scenario), sum(int(t["events"]) for t in timed))
