@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from sim import rollout
-from sim.conservation import ConservationError, check_time
 from sim.cluster import build_network
+from sim.conservation import ConservationError, check_time
 from sim.engine import breakdown, des, maxplus, violations
 from sim.engine.training import Work, build_plan
 from sim.estimate import Estimate, TooBig, estimate
@@ -108,7 +108,10 @@ class _Workers:
         self.pool = _pool(jobs) if jobs > 1 else None
 
     def map(self, function: Callable[[A], B], items: Sequence[A]) -> Iterator[B]:
-        return map(function, items) if self.pool is None else self.pool.map(function, items)
+        if self.pool is None:
+            return map(function, items)
+        # Not Executor.map: when abandoned it cancels futures, which races with a pool that is going down.
+        return (future.result() for future in [self.pool.submit(function, item) for item in items])
 
     def __enter__(self) -> _Workers:
         return self

@@ -125,7 +125,10 @@ def test_only_relative_loads_matter(seed: int, name: str, factor: int) -> None:
 
 
 def test_rate_over_steps() -> None:
-    constant, linear = Bias(bias_update_rate=0.5, stop_after_step=4), Bias(bias_update_rate=0.5, stop_after_step=4, decay="linear")
+    constant, linear = (
+        Bias(bias_update_rate=0.5, stop_after_step=4),
+        Bias(bias_update_rate=0.5, stop_after_step=4, decay="linear"),
+    )
     assert [constant.rate(step) for step in range(6)] == [0.5, 0.5, 0.5, 0.5, 0.0, 0.0]
     assert [linear.rate(step) for step in range(6)] == [0.5, 0.375, 0.25, 0.125, 0.0, 0.0]
     assert Bias(bias_update_rate=0.5, decay="linear").rate(10**6) == 0.5  # nothing to fall towards
@@ -215,7 +218,6 @@ def test_the_floor_of_the_sign_rule_is_proportional_to_its_rate(loss_free: dict[
     """Near balance a bias dithers by u, which moves loads by about u (N/K) f(threshold) = 1.8 u / sigma, sigma the spread
     of an expert's score: the logit's 0.5 x the sigmoid's slope at -1.5, 0.149."""
     assert loss_free["sign u=0.01"].final_global == pytest.approx(1.8 * 0.01 / 0.075, rel=0.3)
-
 
 
 def test_proportional_moves_settle_lower(loss_free: dict[str, Run]) -> None:

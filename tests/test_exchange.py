@@ -131,7 +131,8 @@ def test_example_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("hidden_size", "fp8", "bf16"), [(7168, 7392, 14336), (128, 132, 256), (129, 137, 258), (5120, 5280, 10240), (1, 5, 2)]
+    ("hidden_size", "fp8", "bf16"),
+    [(7168, 7392, 14336), (128, 132, 256), (129, 137, 258), (5120, 5280, 10240), (1, 5, 2)],
 )
 def test_token_bytes(hidden_size: int, fp8: int, bf16: int) -> None:
     """DeepEP counts 7168 + 224 bytes per dispatched DeepSeek-V3 token: one float32 scale per 128 elements."""

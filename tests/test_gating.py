@@ -41,7 +41,9 @@ Ids = list[list[int]]
 # --- the published gates, written out per token ---
 
 
-def published_v3(scores: F32, bias: F32, k: int = 8, n_group: int = 8, topk_group: int = 4) -> tuple[Ids, list[list[float]]]:
+def published_v3(
+    scores: F32, bias: F32, k: int = 8, n_group: int = 8, topk_group: int = 4
+) -> tuple[Ids, list[list[float]]]:
     """DeepSeek-V3 report, eq. 13-16 and its inference code: groups by the sum of their two best biased affinities,
     the others masked with -inf, weights from unbiased affinities, x 2.5."""
     size = scores.shape[1] // n_group
@@ -438,7 +440,9 @@ def test_more_groups_never_lose_affinity(seed: int, group_score: str) -> None:
     np.testing.assert_array_equal(ids, TopK().select(candidates(scores, 8)))
 
 
-@pytest.mark.parametrize("select", [TopK(), GroupLimited(n_group=4, topk_group=4), Random(), Dense()], ids=lambda s: s.kind)
+@pytest.mark.parametrize(
+    "select", [TopK(), GroupLimited(n_group=4, topk_group=4), Random(), Dense()], ids=lambda s: s.kind
+)
 def test_every_expert_for_every_token_is_even(select: Select) -> None:
     scores = dyadic(np.random.default_rng(9), 50, 16)
     ids = select.select(candidates(scores, 16))

@@ -98,9 +98,7 @@ def test_reference_by_hand() -> None:
     assert reference.group_limited_topk(scores, 2, 2, 1, 3).tolist() == [[5, 3]]
 
 
-logits_lists = st.lists(
-    st.floats(-1e4, 1e4, width=32, allow_nan=False), min_size=1, max_size=40
-)
+logits_lists = st.lists(st.floats(-1e4, 1e4, width=32, allow_nan=False), min_size=1, max_size=40)
 
 
 @given(logits_lists)
@@ -123,7 +121,9 @@ def test_score_functions_are_near_float64(seed: int, spread: float, shape: tuple
     x = (np.random.default_rng(seed).standard_normal(shape) * spread).astype(np.float32)
     wide = x.astype(np.float64)
     # The argument's own rounding, |x| 2^-24, comes out of exp as a relative error.
-    np.testing.assert_allclose(plain.exp(x), np.exp2(np.clip(wide * np.log2(np.e), -126, 127)), rtol=3e-7 + 1.3e-7 * np.abs(wide).max())
+    np.testing.assert_allclose(
+        plain.exp(x), np.exp2(np.clip(wide * np.log2(np.e), -126, 127)), rtol=3e-7 + 1.3e-7 * np.abs(wide).max()
+    )
     np.testing.assert_allclose(plain.sigmoid(x), 1 / (1 + np.exp(-wide)), atol=2.5e-7)
     shifted = np.exp(wide - wide.max(axis=1, keepdims=True))
     np.testing.assert_allclose(plain.softmax(x), shifted / shifted.sum(axis=1, keepdims=True), atol=1e-6)

@@ -26,7 +26,9 @@ from sim.tokens import I64
 from tests.strategies import KERNELS, candidates
 
 loads = arrays(np.int64, st.tuples(st.integers(1, 3), st.integers(1, 9)), elements=st.integers(0, 1000))
-PER_LAYER = pytest.mark.parametrize("metric", [max_vio, coefficient_of_variation, least_share], ids=lambda m: m.__name__)
+PER_LAYER = pytest.mark.parametrize(
+    "metric", [max_vio, coefficient_of_variation, least_share], ids=lambda m: m.__name__
+)
 
 
 def _uniform_loads(n_tokens: int, n_experts: int, k: int, seed: int) -> I64:
@@ -108,7 +110,9 @@ def test_floor_of_max_vio(n_tokens: int, simulated: float, tolerance: float) -> 
     assert np.mean(runs) == pytest.approx(floor, abs=4 * error)
 
 
-@pytest.mark.parametrize(("n_tokens", "n_experts", "maximum"), [(256, 256, 4.7666), (4096, 64, 83.5025), (4096, 256, 28.4117)])
+@pytest.mark.parametrize(
+    ("n_tokens", "n_experts", "maximum"), [(256, 256, 4.7666), (4096, 64, 83.5025), (4096, 256, 28.4117)]
+)
 def test_floor_for_one_expert_per_token(n_tokens: int, n_experts: int, maximum: float) -> None:
     """Balls into bins, exact values by truncated-Poisson convolution."""
     found = (1 + uniform_max_vio(n_tokens, n_experts, 1)) * n_tokens / n_experts

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
+
 from sim.gating.balance import Balance
 from sim.tokens import F64, I64
-
-import numpy as np
 
 
 class NoBalance(Balance):
