@@ -108,7 +108,7 @@ def _of_replica(tables: dict[str, Table], scenario: Scenario, index: int, replic
     row = dict(zip(names, (_nanmean(c) for c in _columns(tables["steps"], policy.name, replica, names)), strict=True))
     batch, floor = _columns(tables["steps"], policy.name, replica, ("max_vio", "max_vio_floor"))
     row |= {"max_vio_batch": _nanmean(batch), "max_vio_batch_floor": _nanmean(floor)}
-    tokens, layer = _columns(tables["experts"], policy.name, replica, ("tokens", "layer"))
+    (tokens,) = _columns(tables["experts"], policy.name, replica, ("tokens",))
     model = scenario.model_of(policy)
     row |= dict.fromkeys(("max_vio_global", "max_vio_global_floor", "least_share"), math.nan)
     if len(tokens):

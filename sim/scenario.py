@@ -300,7 +300,7 @@ def load(
         document = yamlfile.apply_overrides(document, list(overrides))
     document = _trace_path(document, allow_outside)
     scenario = yamlfile.validate(Scenario, document)
-    found = [_located(document, path, rule) for path, rule in scenario.problems()]
+    found = [document.problem(path, rule) for path, rule in scenario.problems()]
     if found:
         raise ScenarioError(list(dict.fromkeys(found)))
     return scenario.resolved()
@@ -312,7 +312,7 @@ def _trace_path(document: Document, allow_outside: bool) -> Document:
     if not isinstance(traffic, dict) or not isinstance(traffic.get("path"), str):
         return document
     mark = document.marks.get(("traffic", "path"))
-    if mark is None or mark.file.startswith(("--set", "<")):
+    if mark is None or mark.line == 0:  # the user's own word, relative to the current folder
         return document
     folder = os.path.realpath(os.path.dirname(mark.file))
     target = os.path.realpath(os.path.join(folder, traffic["path"]))
@@ -322,18 +322,3 @@ def _trace_path(document: Document, allow_outside: bool) -> Document:
         )
     document.data["traffic"] = traffic | {"path": os.path.relpath(target)}
     return document
-
-
-def _located(document: Document, path: tuple[str | int, ...], rule: str) -> Problem:
-    probe = path
-    while probe and probe not in document.marks:
-        probe = probe[:-1]
-    mark = document.marks[probe]
-    value: Any = document.data
-    try:
-        for part in path:
-            value = value[part]
-    except (KeyError, IndexError, TypeError):
-        value = None
-    got = repr(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else ""
-    return Problem(str(mark), yamlfile.dotted(path), rule, got)

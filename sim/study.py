@@ -39,14 +39,15 @@ def run(
     source: Any,
     *,
     overrides: Mapping[str, Any] | Sequence[str] = (),
-    jobs: int | None = None,
+    jobs: int | None = 1,
     force: bool = False,
     progress: bool = False,
 ) -> Result:
     """Run a scenario and return its `sim.results.Result`.
 
     source: a scenario file's path, plain data, or a `Scenario`. overrides: ``{"policies.0.select.topk_group": 2}`` or
-    ``["seed=3"]``. jobs: processes; None = as many as cores where that pays. force: run even if the estimate says that
+    ``["seed=3"]``. jobs: processes; None = as many as cores where that pays. Workers import the calling script, so more
+    than one needs ``if __name__ == "__main__":`` in it, and plug-ins that live in an importable module. force: run even if the estimate says that
     it is too big. progress: a bar on stderr. Raises `sim.yamlfile.ScenarioError` or `sim.estimate.TooBig`.
     """
     sets = [f"{k}={_yaml(v)}" for k, v in overrides.items()] if isinstance(overrides, Mapping) else list(overrides)

@@ -28,7 +28,7 @@ def _scores(seed: int, n_tokens: int, n_experts: int, sort: str) -> tuple[F32, F
         return np.full((n_tokens, n_experts), 0.5, np.float32), ones, zeros
     if sort == "signed zeros":
         scores = rng.choice(np.array([0.0, -0.0, 0.25, -0.25], np.float32), (n_tokens, n_experts))
-        return scores, ones, zeros
+        return scores, ones, rng.choice(np.array([0.0, -0.0], np.float32), n_experts)
     if sort == "dyadic":
         return dyadic(rng, n_tokens, n_experts, 6), ones, zeros
     if sort == "dyadic, biased":

@@ -2,8 +2,8 @@
 
 ``python tests/bench/bench_gate.py``. Ratios of minima are what holds between machines. Gates: the NumPy kernel within 30
 and the Numba kernel within 10 times of reading the scores once; faster than argpartition, Numba at least 3 times.
-argpartition breaks ties wrongly and is here as the usual way only; with AVX-512 NumPy partitions some
-1.4 times faster than without, so that ratio says most about the machine. Exits with 1 if a gate is missed.
+argpartition breaks ties wrongly and is here as the usual way only; with AVX-512 NumPy partitions some 1.4 times faster
+than without, so that ratio says most about the machine. Exits with 1 if a gate is missed.
 """
 
 from __future__ import annotations
