@@ -1,26 +1,38 @@
 """One function per figure. Each takes a `sim.results.Result` and returns a Matplotlib figure, ready to save as vector.
 
-    python -m analysis.figures scenarios/tiny.yaml tradeoff.png
+    python -m analysis.figures RUN_FOLDER_OR_SCENARIO OUT [--figure NAME] [--set KEY=VALUE]
 
-Colours are seaborn's colour-blind palette; every axis names its unit; balance is drawn beside the floor that a uniformly
-random gate shows.
+Figures are 7 inches wide, in colours that colour-blind readers can tell apart; every axis names its unit. Intervals are
+the summary's: 95 % over replicas. Balance is drawn beside the floor that a uniformly random gate would show.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import math
+import os
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from sim.results import Result
+import sim
+from sim.estimate import TooBig
+from sim.results import Result, half_width, summarise
 
-STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": False, "font.size": 9}
+STYLE: Any = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": False, "font.size": 9}
+WIDTH_IN = 7.0
+FLOOR = "0.45"
 PARTS = {
     "attention_s": "attention",
     "experts_s": "experts",
@@ -28,14 +40,28 @@ PARTS = {
     "exposed_communication_s": "exposed communication",
     "waiting_s": "waiting",
 }
+MARKERS = "osD^vPX<>*"
+# Up to this many steps, intervals are bars beside each other; above, bands.
+FEW_STEPS = 12
 
 
 def _policies(result: Result) -> list[str]:
     return [policy.name for policy in result.scenario.policies]
 
 
-def _wrapped(names: Sequence[str], width: int = 22) -> list[str]:
-    return [textwrap.fill(name, width) for name in names]
+def _wrapped(name: str, width: int) -> str:
+    """Break a name into as few lines of ``width`` as it needs, of about equal length."""
+    lines = textwrap.wrap(name, width, break_on_hyphens=False)
+    for narrower in range(math.ceil(len(name) / len(lines)), width):
+        balanced = textwrap.wrap(name, narrower, break_on_hyphens=False)
+        if len(balanced) == len(lines):
+            return "\n".join(balanced)
+    return "\n".join(lines)
+
+
+def _row_in(labels: Sequence[str]) -> float:
+    """Return the height of a row [inches] that the longest label fits."""
+    return 0.16 + 0.16 * max(label.count("\n") + 1 for label in labels)
 
 
 def _metric(result: Result, metric: str) -> pd.DataFrame:
@@ -47,139 +73,257 @@ def _metric(result: Result, metric: str) -> pd.DataFrame:
     return rows.set_index("policy").loc[_policies(result)]
 
 
+def _need(table: pd.DataFrame, name: str, columns: Sequence[str]) -> None:
+    missing = [column for column in columns if column not in table]
+    if missing:
+        raise KeyError(f"table {name!r} has no column {missing[0]!r}; it has {', '.join(table.columns) or 'none'}")
+
+
 def _colours(n: int) -> list[tuple[float, float, float]]:
     return list(sns.color_palette("colorblind", n))
 
 
-def _finished(figure: Figure) -> Figure:
-    """Take the figure out of pyplot's hands: a notebook shows it once, as the value of its cell, and nothing piles up."""
-    plt.close(figure)
+def _canvas(ax: Axes | None, height_in: float) -> tuple[Figure, Axes]:
+    if ax is None:
+        return plt.subplots(figsize=(WIDTH_IN, height_in), layout="constrained")
+    figure = ax.get_figure(root=True)
+    if figure is None:
+        raise ValueError("ax belongs to no figure")
+    return figure, ax
+
+
+def _finished(figure: Figure, ax: Axes | None = None) -> Figure:
+    """Take our figure out of pyplot's hands: a notebook shows it once, as its cell's value, and nothing piles up."""
+    if ax is None:
+        plt.close(figure)
     return figure
 
 
 def tradeoff(result: Result) -> Figure:
-    """Show kept affinity, imbalance, inter-node traffic and step time side by side, one row of dots per policy."""
+    """Show kept affinity, imbalance, inter-node traffic and step time side by side, one row of dots per policy.
+
+    Grey ticks beside MaxVio are the floor of a uniformly random gate at the same batch size. A policy without a metric
+    (no experts, no timed step) has no dot there.
+    """
     panels = [
-        ("kept_affinity", "kept affinity\n(share of top-k's)", 1.0),
-        ("max_vio_batch", "MaxVio of a batch\n(max/mean - 1)", 1.0),
-        ("inter_node_bytes", "between nodes\n[GB per step]", 1e-9),
-        ("step_time_s", "step time\n[ms]", 1e3),
+        ("kept_affinity", "kept affinity\n[share of top-k's]", 1.0, "better →"),
+        ("max_vio_batch", "MaxVio of a batch\n[max/mean - 1]", 1.0, "← better"),
+        ("inter_node_bytes", "between nodes\n[GB per step]", 1e-9, "← better"),
+        ("step_time_s", "step time\n[ms]", 1e3, "← better"),
     ]
     names = _policies(result)
-    colours = _colours(len(names))
+    labels = [_wrapped(name, 24) for name in names]
+    rows = np.arange(len(names))[::-1]
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
-            1, len(panels), figsize=(7.2, 0.9 + 0.36 * len(names)), sharey=True, layout="constrained"
+            1,
+            len(panels),
+            figsize=(WIDTH_IN, 1.05 + _row_in(labels) * len(names)),
+            sharey=True,
+            squeeze=False,
+            layout="constrained",
         )
-        rows = np.arange(len(names))[::-1]
-        for axis, (metric, label, scale) in zip(axes, panels, strict=True):
+        for axis, (metric, label, scale, better) in zip(axes[0], panels, strict=True):
             data = _metric(result, metric)
-            for row, mean, half, colour in zip(rows, data["mean"], data["half_width"], colours, strict=True):
-                if np.isfinite(mean):
-                    error = None if np.isnan(half) else half * scale
-                    axis.errorbar(mean * scale, row, xerr=error, fmt="o", color=colour, capsize=2.5, markersize=6)
+            mean, half = data["mean"].to_numpy(float) * scale, data["half_width"].to_numpy(float) * scale
+            for row, x, error, colour in zip(rows, mean, half, _colours(len(names)), strict=True):
+                if np.isfinite(x):
+                    axis.errorbar(
+                        x,
+                        row,
+                        xerr=error if np.isfinite(error) else None,
+                        fmt="o",
+                        color=colour,
+                        capsize=2.5,
+                        markersize=6,
+                        zorder=3,
+                    )
             if metric == "max_vio_batch":
-                floor = _metric(result, "max_vio_batch_floor")["mean"].iloc[0]
-                axis.axvline(floor, color="0.5", linestyle=":", linewidth=1)
-                axis.annotate("floor", (floor, rows[0] + 0.35), color="0.4", fontsize=7, ha="left", va="bottom")
+                floor = _metric(result, "max_vio_batch_floor")["mean"].to_numpy(float)
+                axis.plot(floor, rows, "|", color=FLOOR, markersize=13, markeredgewidth=1.5, zorder=2)
+                label += "\n(grey tick: floor)"
+            if not np.isfinite(mean).any():
+                axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", va="center", color=FLOOR)
+                axis.set_xticks([])
+            axis.set_title(better, fontsize=7, color=FLOOR, pad=3)
             axis.set_xlabel(label)
-            axis.margins(x=0.15, y=0.12)
+            axis.set_ylim(-0.6, len(names) - 0.4)
+            axis.margins(x=0.15)
             axis.grid(axis="y", color="0.92")
-            axis.locator_params(axis="x", nbins=4)
-        axes[0].set_yticks(rows, _wrapped(names, 30))
-        axes[0].tick_params(axis="y", length=0)
+            axis.tick_params(axis="y", length=0)
+            axis.tick_params(axis="x", labelsize=8)
+            if np.isfinite(mean).any():
+                axis.xaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
+        axes[0, 0].set_yticks(rows, labels)
     return _finished(figure)
 
 
-def load_heatmap(result: Result, policies: Sequence[str] | None = None) -> Figure:
-    """Map load / mean of every expert (sorted within its layer) and MoE layer, one panel per policy, first replica.
+def load_heatmap(
+    result: Result, policies: Sequence[str] | str | None = None, *, by_load: bool = True, replica: int = 0
+) -> Figure:
+    """Map load / mean of every expert and MoE layer in one replica, one panel per policy, over all its steps.
 
-    Shades are logarithmic, from a fifth of the mean to five times it. Raises KeyError for an unknown policy.
+    by_load: sort the experts of every layer by load, else keep their index. Shades are logarithmic and symmetric about
+    the mean; the rarest 1 % may lie beyond the scale's ends. Raises KeyError for an unknown policy or replica, and
+    ValueError if no policy has routed experts.
     """
-    names = list(policies or _policies(result))
-    unknown = [name for name in names if name not in _policies(result)]
+    asked = [policies] if isinstance(policies, str) else list(policies or _policies(result))
+    unknown = [name for name in asked if name not in _policies(result)]
     if unknown:
         raise KeyError(f"no policy {unknown[0]!r}; there are {', '.join(_policies(result))}")
+    if not 0 <= replica < result.scenario.replicas:
+        raise KeyError(f"no replica {replica}; there are {result.scenario.replicas}")
     experts = result.experts
-    experts = experts[experts.replica == 0] if len(experts) else experts
-    names = [name for name in names if len(experts) and (experts.policy == name).any()]
-    if not names:
+    if experts.empty:
         raise ValueError("no policy of this result has routed experts")
-    columns = min(3, len(names))
-    n_rows = -(-len(names) // columns)
+    _need(experts, "experts", ("policy", "replica", "layer", "expert", "tokens"))
+    relative: dict[str, pd.DataFrame] = {}
+    for name in asked:
+        rows = experts[(experts.policy == name) & (experts.replica == replica)]
+        if len(rows):
+            loads = rows.pivot(index="layer", columns="expert", values="tokens").astype(float)
+            share = loads.div(loads.mean(axis=1), axis=0)
+            if by_load:
+                share.loc[:, :] = np.sort(share.to_numpy(), axis=1)[:, ::-1]
+            relative[name] = share
+    if not relative:
+        raise ValueError(f"{', '.join(asked)}: no routed experts")
+    everything = np.concatenate([share.to_numpy().ravel() for share in relative.values()])
+    distance = np.abs(np.log(np.maximum(everything, 1e-3)))
+    limit = float(np.clip(np.exp(np.nanpercentile(distance, 99)), 1.25, 10))
+    columns = min(3, len(relative))
+    n_rows = -(-len(relative) // columns)
+    alike = len({share.shape for share in relative.values()}) == 1
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
-            n_rows, columns, figsize=(7.2, 0.5 + 1.9 * n_rows), sharex=True, sharey=True, squeeze=False, layout="constrained"
+            n_rows,
+            columns,
+            figsize=(WIDTH_IN, 0.6 + 1.75 * n_rows),
+            sharex=alike,
+            sharey=alike,
+            squeeze=False,
+            layout="constrained",
         )
-        image = None
-        for axis, name in zip(axes.flat, names, strict=False):
-            table = experts[experts.policy == name].pivot(index="layer", columns="expert", values="tokens")
-            loads = np.sort(table.to_numpy(dtype=float), axis=1)[:, ::-1]
-            relative = np.log10(np.maximum(loads / loads.mean(axis=1, keepdims=True), 1e-3))
-            extent = (0.5, loads.shape[1] + 0.5, table.index[-1] + 0.5, table.index[0] - 0.5)
-            image = axis.imshow(relative, aspect="auto", cmap="cividis", vmin=-0.7, vmax=0.7, extent=extent, interpolation="nearest")
-            axis.set_title(textwrap.fill(name, 30), fontsize=8)
-        for axis in list(axes.flat)[len(names) :]:
-            axis.set_visible(False)
-        for axis in axes[-1]:
-            axis.set_xlabel("expert (by load)")
-        for axis in axes[:, 0]:
-            axis.set_ylabel("layer")
-        bar = figure.colorbar(image, ax=axes, ticks=[-0.699, -0.349, 0, 0.349, 0.699], shrink=0.9)
-        bar.ax.set_yticklabels(["≤ 0.2", "0.45", "1", "2.2", "≥ 5"])
-        bar.set_label("load / mean load")
+        image: Any = None
+        for axis, (name, share) in zip(axes.flat, relative.items(), strict=False):
+            image = axis.imshow(
+                np.log(np.maximum(share.to_numpy(), 1e-3)),
+                aspect="auto",
+                cmap="viridis",
+                vmin=-math.log(limit),
+                vmax=math.log(limit),
+                extent=(-0.5, share.shape[1] - 0.5, share.index[-1] + 0.5, share.index[0] - 0.5),
+                interpolation="nearest",
+            )
+            axis.set_title(_wrapped(name, 26), fontsize=8)
+            axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+            axis.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        for i, axis in enumerate(axes.flat):
+            if i >= len(relative):
+                axis.set_visible(False)
+            elif i + columns >= len(relative):  # nothing below it
+                axis.tick_params(labelbottom=True)
+        figure.supxlabel("expert [rank by load]" if by_load else "expert [index]", fontsize=9)
+        figure.supylabel("layer [index]", fontsize=9)
+        ticks = [1 / limit, limit**-0.5, 1.0, limit**0.5, limit]
+        bar = figure.colorbar(image, ax=axes, ticks=np.log(ticks), extend="both", shrink=0.9)
+        bar.ax.set_yticklabels([f"{tick:.2g}" for tick in ticks])
+        bar.set_label("load [mean of layer = 1]", fontsize=8)
     return _finished(figure)
 
 
-def max_vio_over_steps(result: Result) -> Figure:
-    """Draw MaxVio of each step's batch (mean over MoE layers; band: 95 % over replicas) with the uniform floor."""
+def max_vio_over_steps(result: Result, ax: Axes | None = None) -> Figure:
+    """Draw MaxVio of each step's batch, mean over MoE layers and replicas, with the uniform floor of each gate.
+
+    Raises KeyError if the steps lack a column, and ValueError if no policy has routed experts.
+    """
     steps = result.steps
-    if "max_vio" not in steps or steps.max_vio.isna().all():
+    _need(steps, "steps", ("policy", "step", "max_vio", "max_vio_floor"))
+    known = steps[steps.max_vio.notna()]
+    names = [name for name in _policies(result) if (known.policy == name).any()]
+    if not names:
         raise ValueError("no policy of this result has routed experts")
-    names = [name for name in _policies(result) if steps[steps.policy == name].max_vio.notna().any()]
+    index = np.sort(known.step.unique())
+    few = len(index) <= FEW_STEPS
+    labels = [_wrapped(name, 24) for name in names]
+    legend_in = 0.5 + 0.06 * len(labels) + 0.135 * sum(label.count("\n") + 1 for label in labels)
     with plt.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=(7.2, 3.0), layout="constrained")
-        several = result.scenario.replicas > 1
-        sns.lineplot(
-            steps, x="step", y="max_vio", hue="policy", style="policy", hue_order=names, style_order=names,
-            palette=_colours(len(names)), errorbar=("ci", 95) if several else None, seed=0, ax=axis,
-            markers=result.scenario.steps.count < 30,
-        )  # fmt: skip
-        axis.axhline(steps.max_vio_floor.dropna().iloc[0], color="0.5", linestyle=":", label="uniform floor")
-        axis.set_yscale("log")
+        figure, axis = _canvas(ax, max(2.8, legend_in))
+        for i, (name, colour) in enumerate(zip(names, _colours(len(names)), strict=True)):
+            by_step = known[known.policy == name].groupby("step").max_vio
+            mean = by_step.mean()
+            half = by_step.apply(lambda values: half_width(values.to_numpy(float))).to_numpy(float)
+            x = mean.index.to_numpy(float) + (0.3 * ((i + 0.5) / len(names) - 0.5) if few else 0.0)
+            axis.plot(
+                x,
+                mean,
+                color=colour,
+                marker=MARKERS[i % len(MARKERS)],
+                markersize=5,
+                markevery=max(1, len(mean) // 10),
+                linewidth=1.4,
+                label=labels[i],
+                zorder=3,
+            )
+            if np.isfinite(half).all() and few:
+                axis.errorbar(x, mean, yerr=half, fmt="none", color=colour, capsize=2, linewidth=1)
+            elif np.isfinite(half).all():
+                axis.fill_between(x, mean - half, mean + half, color=colour, alpha=0.18, linewidth=0)
+        for i, floor in enumerate(known.max_vio_floor.dropna().round(9).unique()):
+            axis.axhline(floor, color=FLOOR, linestyle=":", label=None if i else "uniform floor")
+        axis.set_ylim(bottom=0)
+        axis.set_xlim(index[0] - 0.5, index[-1] + 0.5)
+        axis.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
         axis.set_xlabel("step [batches]")
-        axis.set_ylabel("MaxVio (max/mean - 1)")
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.set_ylabel("MaxVio of a batch [max/mean - 1]")
         axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
-    return _finished(figure)
+    return _finished(figure, ax)
 
 
-def step_breakdown(result: Result) -> Figure:
-    """Stack where a step's time goes per policy, mean over devices. Raises ValueError if no step was timed."""
+def step_breakdown(result: Result, ax: Axes | None = None) -> Figure:
+    """Stack where a step's time goes per policy, mean over devices; the figure at the end is the whole step.
+
+    Raises KeyError if the steps lack a column, and ValueError if no step was timed.
+    """
     steps = result.steps
+    _need(steps, "steps", ("policy", "step_time_s", *PARTS))
     timed = steps[steps.step_time_s.notna()]
     if timed.empty:
         raise ValueError("no step of this result was timed (steps.timed: none)")
     names = _policies(result)
-    mean = timed.groupby("policy")[list(PARTS)].mean().loc[names] * 1e3
+    labels = [_wrapped(name, 30) for name in names]
+    mean = timed.groupby("policy")[list(PARTS)].mean().reindex(names).astype(float) * 1e3
+    half = _metric(result, "step_time_s")["half_width"].to_numpy(float) * 1e3
+    rows = np.arange(len(names))[::-1]
     with plt.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=(7.2, 1.1 + 0.36 * len(names)), layout="constrained")
+        figure, axis = _canvas(ax, 1.0 + _row_in(labels) * len(names))
         left = np.zeros(len(names))
-        rows = np.arange(len(names))[::-1]
         for (part, label), colour in zip(PARTS.items(), _colours(len(PARTS)), strict=True):
-            axis.barh(rows, mean[part], left=left, label=label, color=colour, height=0.7, edgecolor="white", linewidth=0.4)
-            left += mean[part].to_numpy()
-        for row, total in zip(rows, left, strict=True):
-            axis.annotate(f"{total:.4g}", (total, row), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8)
-        axis.set_yticks(rows, _wrapped(names, 36))
+            width = mean[part].to_numpy()
+            axis.barh(rows, width, left=left, label=label, color=colour, height=0.7, edgecolor="white", linewidth=0.4)
+            left = left + width
+        digits = max(0, 3 - math.floor(math.log10(np.nanmax(left) or 1.0)))
+        for row, total, error in zip(rows, left, half, strict=True):
+            end = total
+            if np.isfinite(error):
+                axis.errorbar(total, row, xerr=error, fmt="none", color="0.2", capsize=2.5, linewidth=1)
+                end = total + error
+            if np.isfinite(total):
+                text = f"{total:.{digits}f}"
+                axis.annotate(text, (end, row), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+        axis.set_yticks(rows, labels)
+        axis.set_ylim(-0.6, len(names) - 0.4)
         axis.tick_params(axis="y", length=0)
         axis.set_xlabel("step time [ms]")
-        axis.margins(x=0.08)
-        figure.legend(loc="outside upper center", ncols=len(PARTS), frameon=False, fontsize=8, columnspacing=1.0)
-    return _finished(figure)
+        axis.set_xlim(0, 1.15 * float(np.nanmax(left + np.nan_to_num(half))))
+        if ax is None:
+            figure.legend(loc="outside upper center", ncols=len(PARTS), frameon=False, fontsize=8, columnspacing=1.0)
+        else:
+            axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=8, columnspacing=1.0)
+    return _finished(figure, ax)
 
 
-FIGURES = {
+FIGURES: dict[str, Callable[[Result], Figure]] = {
     "tradeoff": tradeoff,
     "load_heatmap": load_heatmap,
     "max_vio_over_steps": max_vio_over_steps,
@@ -187,22 +331,38 @@ FIGURES = {
 }
 
 
-def main(arguments: Sequence[str]) -> int:
-    """``python -m analysis.figures SCENARIO OUT [FIGURE] [KEY=VALUE ...]``: run a scenario and save one figure."""
-    import sim
+def read(folder: str | os.PathLike[str]) -> Result:
+    """Return the result that ``python -m sim.run`` stored in ``folder``. Raises FileNotFoundError if it is no run's
+    folder, and ScenarioError if its scenario no longer reads."""
+    import pyarrow.parquet as pq
 
-    if len(arguments) < 2:
-        print(main.__doc__, file=sys.stderr)
+    folder = Path(folder)
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    scenario = sim.load(folder / "scenario.yaml")
+    tables: dict[str, dict[str, list[Any]]] = {name: {} for name in ("steps", "layers", "devices", "experts")}
+    tables |= {path.stem: pq.read_table(path).to_pydict() for path in sorted(folder.glob("*.parquet"))}
+    return Result(scenario, tables, summarise(tables, scenario), manifest["events"])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Draw one figure of a stored run, or of a scenario that is run for it, and save it."""
+    parser = argparse.ArgumentParser(prog="python -m analysis.figures", description=main.__doc__)
+    parser.add_argument("source", metavar="RUN_FOLDER_OR_SCENARIO", help="results/<scenario>/<run> or a scenario YAML")
+    parser.add_argument("out", metavar="OUT", help="file to write: .png, .pdf or .svg")
+    parser.add_argument("--figure", choices=FIGURES, default="tradeoff", help="default: %(default)s")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="change one value of the scenario (repeatable)")  # fmt: skip
+    args = parser.parse_args(argv)
+    stored = Path(args.source).is_dir()
+    if stored and args.overrides:
+        parser.error("--set changes a scenario that is yet to run, not a stored run")
+    try:
+        result = read(args.source) if stored else sim.run(args.source, overrides=args.overrides, jobs=None)
+        FIGURES[args.figure](result).savefig(args.out, dpi=200)
+    except (OSError, ValueError, sim.ScenarioError, TooBig) as error:
+        print(f"{args.source}: {error}", file=sys.stderr)
         return 2
-    scenario, out, *rest = arguments
-    name = rest[0] if rest and "=" not in rest[0] else "tradeoff"
-    if name not in FIGURES:
-        print(f"no figure {name!r}; there are {', '.join(FIGURES)}", file=sys.stderr)
-        return 2
-    result = sim.run(scenario, overrides=[text for text in rest if "=" in text])
-    FIGURES[name](result).savefig(out, dpi=130)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -17,6 +17,9 @@ _BASE_BYTES = 250 * 2**20
 _ROUTE_S = {True: 0.75e-6, False: 4.0e-6}  # per token and layer for each policy, compiled / NumPy
 _SHARED_S = {True: 0.9e-6, False: 4.0e-6}  # per token and layer, once for all policies: affinities and scores
 _EVENT_S = 8e-6
+# Building the network of one timed step: per device of the cluster, and per pair of ranks of the group.
+_DEVICE_BYTES, _PAIR_BYTES = 1300.0, 150.0
+_DEVICE_S, _PAIR_S = 8.5e-6, 2.7e-6
 
 
 class TooBig(Exception):
@@ -88,17 +91,24 @@ def estimate(scenario: Scenario) -> Estimate:
         if scenario.schedule.engine == "simpy"
         else 0
     )
-    ranks, tokens = scenario.parallel.ep_size, scenario.tokens_per_rank
+    ranks, tokens, warmup = scenario.parallel.ep_size, scenario.tokens_per_rank, scenario.steps.warmup
     seconds, memory = 0.5 + events * _EVENT_S, float(_BASE_BYTES)
-    models = {}
+    devices, groups = scenario.cluster.n_devices, [scenario.parallel_of(p).ep_size for p in scenario.policies]
+    memory += _DEVICE_BYTES * devices + _PAIR_BYTES * max(groups) ** 2
+    builds = len(scenario.timed_steps()) * scenario.replicas
+    seconds += builds * sum(_DEVICE_S * devices + _PAIR_S * group**2 for group in groups)
+    models: dict[str, float] = {}
     for policy in scenario.policies:
         model = scenario.model_of(policy)
         if not model.is_moe:
             continue
         width = (model.n_routed_experts / 256 + 0.3) / 1.3
         per_policy = scenario.steps.count * ranks * tokens * model.n_moe_layers * scenario.replicas
+        if any(rule.kind != "none" for rule in policy.balance):
+            per_policy += warmup.steps * warmup.ranks * warmup.tokens_per_rank * model.n_moe_layers * scenario.replicas
         seconds += per_policy * _ROUTE_S[compiled] * width
-        models[model.model_dump_json()] = per_policy * _SHARED_S[compiled] * width
+        key = model.model_dump_json()
+        models[key] = max(models.get(key, 0.0), per_policy * _SHARED_S[compiled] * width)
         domain = scenario.cluster.topology.domain(scenario.cluster)
         per_exchange = 8.0 * ranks * (ranks + ranks / domain + model.n_routed_experts)
         kept = len(measured_steps(scenario)) * scenario.replicas * scenario.schedule.micro_batches
@@ -109,7 +119,9 @@ def estimate(scenario: Scenario) -> Estimate:
         memory += 200.0 * model.n_moe_layers * model.n_routed_experts * scenario.replicas
     seconds += sum(models.values())
     widest = max((scenario.model_of(p).n_routed_experts for p in scenario.policies), default=0)
-    memory += 4.0 * tokens * (6 * widest + ranks * 160)
+    learns = any(rule.kind != "none" for policy in scenario.policies for rule in policy.balance)
+    most = max(tokens, warmup.tokens_per_rank if learns and warmup.steps else 0)
+    memory += 4.0 * most * (6 * widest + ranks * 160)
     return Estimate(work, events, memory, seconds, _reason(scenario, events, memory, seconds))
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import os
 import signal
 import sys
 import threading
@@ -33,17 +36,32 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    args = parser().parse_intermixed_args(argv)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends like Ctrl-C
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # an ASCII terminal gets ? for ±
     try:
-        return _main(args)
+        status = _main(args)
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         print("interrupted; nothing of the run in progress was written", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        sys.stderr.close()
+    except BrokenPipeError:  # the reader has seen enough, as in `| head`
+        _discard_output()
         return 1
+    except OSError as error:
+        print(f"python -m sim.run: {error}", file=sys.stderr)
+        _discard_output()
+        return 2
+
+
+def _discard_output() -> None:
+    """Drop what is still buffered, so that leaving Python does not try to write it again."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _main(args: argparse.Namespace) -> int:
@@ -96,6 +114,8 @@ def _main(args: argparse.Namespace) -> int:
             return 2
         try:
             _run(scenario, args, expected)
+        except BrokenPipeError:
+            raise
         except (OSError, ValueError) as error:
             print(f"{scenario.name}: {error}", file=sys.stderr)
             return 2
@@ -106,19 +126,23 @@ def _run(scenario: Any, args: argparse.Namespace, expected: Any) -> None:
     import time
 
     from sim.report import terminal
-    from sim.store import write
+    from sim.store import check_writable, write
     from sim.study import simulate
 
+    if args.out != "-":
+        check_writable(args.out)
     started = time.monotonic()
     show = not args.quiet and sys.stderr.isatty()
     if show:
         print(f"{scenario.name}: {expected}", file=sys.stderr)
     result = simulate(scenario, args.jobs, expected, progress=show)
-    print(terminal(result))
-    if args.out != "-":
-        folder = write(result, args.out, time.monotonic() - started)
-        if not args.quiet:
-            print(f"results: {folder} ({time.monotonic() - started:.1f} s)", file=sys.stderr)
+    try:
+        if args.out != "-":
+            folder = write(result, args.out, time.monotonic() - started)
+            if not args.quiet:
+                print(f"results: {folder} ({time.monotonic() - started:.1f} s)", file=sys.stderr)
+    finally:  # a full disk does not cost the figures, a closed pipe does not cost the folder
+        print(terminal(result))
 
 
 class _Callable(types.ModuleType):

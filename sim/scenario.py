@@ -7,7 +7,7 @@ reports all problems at once, each at its line.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -190,12 +190,20 @@ class Scenario(_Block):
                 yield ("policies", i, "name"), f"another policy is called {policy.name!r}"
             yield from self._policy_problems(i, policy)
         yield from self._traffic_problems()
+        cluster = self.cluster
+        if cluster.inter_node is None and cluster.topology.domain(cluster) < cluster.n_devices:
+            yield ("cluster", "inter_node"), f"{cluster.nodes} nodes need a link between them"
         if self.tokens_per_rank % self.schedule.micro_batches:
             yield ("schedule", "micro_batches"), f"must divide traffic.tokens_per_rank = {self.tokens_per_rank}"
         if self.schedule.overlap == "forward_backward" and self.schedule.phase == "forward":
             yield ("schedule", "overlap"), "forward_backward needs phase: training"
         if self.steps.warmup.steps and self.steps.warmup.ranks > self.parallel.ep_size:
             yield ("steps", "warmup", "ranks"), f"must be <= parallel.ep_size = {self.parallel.ep_size}"
+        if self.steps.warmup.steps and self.steps.warmup.tokens_per_rank < self.schedule.micro_batches:
+            yield (
+                ("steps", "warmup", "tokens_per_rank"),
+                f"must be at least schedule.micro_batches = {self.schedule.micro_batches}",
+            )
         try:
             self.cost.compute.gemm_s(
                 self.cluster.device,
@@ -229,14 +237,15 @@ class Scenario(_Block):
         model, parallel = self.model_of(policy), self.parallel_of(policy)
         where = (*at, "parallel") if policy.parallel else ("parallel",)
         devices, per_node = self.cluster.n_devices, self.cluster.devices_per_node
+        domain = self.cluster.topology.domain(self.cluster)
         if parallel.ep_size > devices:
             yield (
                 (*where, "ep_size"),
                 f"{parallel.ep_size} ranks need as many devices; the cluster has {self.cluster.nodes} nodes x "
                 f"{per_node} = {devices}",
             )
-        elif parallel.ep_size > per_node and parallel.ep_size % per_node:
-            yield (*where, "ep_size"), f"must fill whole nodes of {per_node} devices"
+        elif parallel.ep_size > domain and parallel.ep_size % domain:
+            yield (*where, "ep_size"), f"must fill whole nodes of {domain} devices"
         if per_node % parallel.tp_size:
             yield (*where, "tp_size"), f"must divide devices_per_node = {per_node}"
         elif parallel.ep_size % parallel.tp_size:
@@ -300,10 +309,26 @@ def load(
         document = yamlfile.apply_overrides(document, list(overrides))
     document = _trace_path(document, allow_outside)
     scenario = yamlfile.validate(Scenario, document)
-    found = [document.problem(path, rule) for path, rule in scenario.problems()]
+    found = _located(document, scenario.problems())
     if found:
-        raise ScenarioError(list(dict.fromkeys(found)))
+        raise ScenarioError(found)
     return scenario.resolved()
+
+
+def _located(document: Document, found: Iterable[Rule]) -> list[Problem]:
+    """Problems in the order of the files and of the lines in them."""
+    files: dict[str, int] = {}
+    for mark in document.marks.values():
+        files.setdefault(mark.file, len(files))
+
+    def place(rule: Rule) -> tuple[int, int, int]:
+        path = rule[0]
+        while path not in document.marks:
+            path = path[:-1]
+        mark = document.marks[path]
+        return files[mark.file], mark.line, mark.column
+
+    return [document.problem(path, rule) for path, rule in sorted(dict.fromkeys(found), key=place)]
 
 
 def _trace_path(document: Document, allow_outside: bool) -> Document:
@@ -314,11 +339,13 @@ def _trace_path(document: Document, allow_outside: bool) -> Document:
     mark = document.marks.get(("traffic", "path"))
     if mark is None or mark.line == 0:  # the user's own word, relative to the current folder
         return document
-    folder = os.path.realpath(os.path.dirname(mark.file))
-    target = os.path.realpath(os.path.join(folder, traffic["path"]))
-    if not allow_outside and os.path.commonpath([folder, target]) != folder:
-        raise ScenarioError(
-            [Problem(str(mark), "traffic.path", "a trace named in a file must lie in its folder", repr(traffic["path"]))]
-        )
+    try:
+        folder = os.path.realpath(os.path.dirname(mark.file))
+        target = os.path.realpath(os.path.join(folder, traffic["path"]))
+        inside = os.path.commonpath([folder, target]) == folder
+    except (OSError, ValueError):
+        raise ScenarioError([document.problem(("traffic", "path"), "is not a usable file name")]) from None
+    if not allow_outside and not inside:
+        raise ScenarioError([document.problem(("traffic", "path"), "a trace named in a file must lie in its folder")])
     document.data["traffic"] = traffic | {"path": os.path.relpath(target)}
     return document

@@ -62,6 +62,17 @@ def write(result: Result, out: str | os.PathLike[str], wall_s: float | None = No
     return folder
 
 
+def check_writable(out: str | os.PathLike[str]) -> None:
+    """Raise OSError if ``out`` can not become a folder of results; makes nothing."""
+    place = Path(out).absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise NotADirectoryError(f"--out {out}: {place} is not a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise PermissionError(f"--out {out}: {place} cannot be written to")
+
+
 @contextmanager
 def _atomic_folder(folder: Path) -> Iterator[Path]:
     """Give a temporary sibling to fill; on success it takes the folder's name, on failure it is removed."""

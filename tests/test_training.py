@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,9 @@ TINY = ROOT / "scenarios" / "tiny.yaml"
 SMALL = ["replicas=1", "steps.count=1", "steps.warmup.steps=2"]
 
 
-def timed(overrides: list[str] = [], scenario: Scenario | None = None) -> dict[str, dict[str, float]]:  # noqa: B006
+def timed(overrides: Sequence[str] = (), scenario: Scenario | None = None) -> dict[str, dict[str, float]]:
     """Return ``{policy: row of the steps table}`` of a one-step run."""
-    result = sim.run(scenario or TINY, overrides=[] if scenario else SMALL + overrides)
+    result = sim.run(scenario or TINY, overrides=[] if scenario else [*SMALL, *overrides])
     steps = result.tables["steps"]
     return {name: {k: v[i] for k, v in steps.items()} for i, name in enumerate(steps["policy"])}
 

@@ -666,7 +666,10 @@ def test_paths_on_the_command_line_are_the_users_word(folder: Path) -> None:
     write("outside/escape.yaml", "extends: ../tree/m.yaml\n")
     write("tree/m.yaml", "n: 1\nold: 1\n")
     document = yamlfile.read(write("tree/s.yaml", "model: {extends: m.yaml, own: 1}\n"), references=REFERENCES)
-    read = lambda *overrides: yamlfile.apply_overrides(document, overrides).data["model"]  # noqa: E731
+
+    def read(*overrides: str) -> object:
+        return yamlfile.apply_overrides(document, overrides).data["model"]
+
     assert read("model=outside/v2.yaml") == {"near": True, "n": 2}
     assert read(f"model={folder}/outside/v2.yaml", "model.n=5") == {"near": True, "n": 5}
     assert read("model.extends=outside/v2.yaml") == {"near": True, "n": 2, "own": 1}
