@@ -27,7 +27,11 @@ def check_exchange(exchange: Exchange, tokens_per_rank: int, k: int, dropped: in
     bounds, the copies that each source sends must be as many as ``exchange.copies`` counted on the way.
     """
     n_ranks, n_experts = exchange.expert_tokens.shape
-    _equal("C1 expert loads = tokens x k - dropped", int(exchange.expert_tokens.sum()), n_ranks * tokens_per_rank * k - dropped)
+    _equal(
+        "C1 expert loads = tokens x k - dropped",
+        int(exchange.expert_tokens.sum()),
+        n_ranks * tokens_per_rank * k - dropped,
+    )
     if dropped == 0:
         loads = exchange.expert_tokens.sum(axis=1)
         if (loads != tokens_per_rank * k).any():
@@ -35,7 +39,9 @@ def check_exchange(exchange: Exchange, tokens_per_rank: int, k: int, dropped: in
     if min(int(a.min(initial=0)) for a in (exchange.expert_tokens, exchange.rank_tokens, exchange.node_tokens)) < 0:
         raise ConservationError("C1 counts are not negative")
     if exchange.expert_tokens.max(initial=0) > tokens_per_rank:
-        raise ConservationError(f"C1 a token's experts are distinct: {exchange.expert_tokens.max()} > {tokens_per_rank}")
+        raise ConservationError(
+            f"C1 a token's experts are distinct: {exchange.expert_tokens.max()} > {tokens_per_rank}"
+        )
     per_rank = max(1, n_experts // n_ranks)
     ranks_per_node = -(-n_ranks // exchange.node_tokens.shape[1])
     pairs = exchange.pairs
@@ -57,14 +63,18 @@ def check_exchange(exchange: Exchange, tokens_per_rank: int, k: int, dropped: in
 def _between(law: str, value: I64, low: I64, high: I64) -> None:
     if (value < low).any() or (value > high).any():
         where = np.argwhere((value < low) | (value > high))[0].tolist()
-        raise ConservationError(f"{law} out of bounds at {where}: {low[tuple(where)]} <= {value[tuple(where)]} <= {high[tuple(where)]}")
+        raise ConservationError(
+            f"{law} out of bounds at {where}: {low[tuple(where)]} <= {value[tuple(where)]} <= {high[tuple(where)]}"
+        )
 
 
 def check_time(parts: dict[str, I64], makespan_ps: int) -> None:
     """Check that, on every rank, the parts of the step's time sum to its makespan exactly (integer picoseconds)."""
     total = sum(parts.values())
     if not np.array_equal(np.asarray(total), np.full_like(np.asarray(total), makespan_ps)):
-        raise ConservationError(f"C7 parts of the time sum to the makespan: {np.asarray(total).tolist()} != {makespan_ps}")
+        raise ConservationError(
+            f"C7 parts of the time sum to the makespan: {np.asarray(total).tolist()} != {makespan_ps}"
+        )
 
 
 def check_flops(billed: int, kept_pairs: int, flops_per_pair: int) -> None:

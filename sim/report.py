@@ -26,7 +26,11 @@ def number(value: float, metric: Metric) -> str:
         return "-"
     value *= metric.scale
     if metric.digits >= 4 and metric.name != "kept_affinity":
-        return f"{value:.{max(0, metric.digits - 1 - math.floor(math.log10(abs(value) or 1)))}f}" if abs(value) < 1e9 else f"{value:.3g}"
+        return (
+            f"{value:.{max(0, metric.digits - 1 - math.floor(math.log10(abs(value) or 1)))}f}"
+            if abs(value) < 1e9
+            else f"{value:.3g}"
+        )
     return f"{value:.{metric.digits}f}"
 
 
@@ -39,7 +43,10 @@ def grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[c]) for row in table) for c in range(len(head))]
     text = []
     for i, row in enumerate(table):
-        cells = [cell.ljust(width) if c == 0 else cell.rjust(width) for c, (cell, width) in enumerate(zip(row, widths, strict=True))]
+        cells = [
+            cell.ljust(width) if c == 0 else cell.rjust(width)
+            for c, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
         text.append("  ".join(cells).rstrip())
         if i == depth - 1:
             text.append("  ".join("-" * width for width in widths))
@@ -87,7 +94,11 @@ def describe(scenario: Scenario) -> list[str]:
         f"EP{parallel.ep_size} x PP{parallel.pp_size}, {scenario.tokens_per_rank} tokens per device and step, "
         f"{model.n_moe_layers} MoE layers, {scenario.schedule.phase}, overlap {scenario.schedule.overlap}",
         f"traffic {scenario.traffic.kind}, {scenario.steps.count} step(s), {scenario.replicas} replica(s), seed {scenario.seed}"
-        + (f"; balancing settled by {warm.steps} warm-up batches of {warm.ranks * warm.tokens_per_rank} tokens" if warm.steps else ""),
+        + (
+            f"; balancing settled by {warm.steps} warm-up batches of {warm.ranks * warm.tokens_per_rank} tokens"
+            if warm.steps
+            else ""
+        ),
         f"compute {scenario.cost.compute.kind}, communication {scenario.cost.communication.kind} ({scenario.cost.mode} "
         f"kernels), engine {scenario.schedule.engine}, every token routed",
         f"constants: {scenario.cost.compute.provenance(cluster.device)}",
@@ -100,6 +111,9 @@ def terminal(result: Result) -> str:
     parts = [*describe(result.scenario), "", *_table(result, _BALANCE)]
     if len(result.scenario.timed_steps()):
         parts += ["", *_table(result, _TIME)]
-    notes = ["", "(floor): MaxVio of a perfectly uniform random gate at this batch size. Means over MoE layers and steps"]
+    notes = [
+        "",
+        "(floor): MaxVio of a perfectly uniform random gate at this batch size. Means over MoE layers and steps",
+    ]
     notes[-1] += ", ± 95 % over replicas." if result.scenario.replicas > 1 else "; one replica, so no intervals."
     return "\n".join(parts + notes)

@@ -92,8 +92,17 @@ class Result:
 
 
 def _columns(table: Table, policy: str, replica: int, names: tuple[str, ...]) -> list[Any]:
-    rows = [i for i, (p, r) in enumerate(zip(table.get("policy", []), table.get("replica", []), strict=True)) if p == policy and r == replica]
-    return [np.array([np.nan if table[name][i] is None else table[name][i] for i in rows], dtype=np.float64) if name in table else np.full(len(rows), np.nan) for name in names]
+    rows = [
+        i
+        for i, (p, r) in enumerate(zip(table.get("policy", []), table.get("replica", []), strict=True))
+        if p == policy and r == replica
+    ]
+    return [
+        np.array([np.nan if table[name][i] is None else table[name][i] for i in rows], dtype=np.float64)
+        if name in table
+        else np.full(len(rows), np.nan)
+        for name in names
+    ]
 
 
 def _nanmean(values: Any) -> float:
@@ -141,7 +150,8 @@ def summarise(tables: dict[str, Table], scenario: Scenario) -> Table:
         for index in range(len(scenario.policies))
     ]
     out: Table = {
-        name: [] for name in ("policy", "metric", "mean", "half_width", "difference", "difference_half_width", "replicas")
+        name: []
+        for name in ("policy", "metric", "mean", "half_width", "difference", "difference_half_width", "replicas")
     }
     for index, policy in enumerate(scenario.policies):
         for metric in METRICS:

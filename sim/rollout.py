@@ -89,9 +89,7 @@ class _Layer:
         self.model = scenario.model_of(self.policy)
         self.gate = Gate(self.policy, self.model, kernels)
         experts, ranks = self.model.n_routed_experts, scenario.parallel.ep_size
-        slots = self.policy.placement.place(
-            experts, ranks, stream(scenario.seed, "placement", task.replica, layer)
-        )
+        slots = self.policy.placement.place(experts, ranks, stream(scenario.seed, "placement", task.replica, layer))
         self.result = Counts(
             index,
             layer,
@@ -102,7 +100,6 @@ class _Layer:
         self.learns = any(rule.kind != "none" for rule in self.policy.balance)
         self.micro_batches = scenario.schedule.micro_batches
         self.ranks_per_node = scenario.cluster.topology.domain(scenario.cluster)
-
 
     def reset(self, n_ranks: int, measure: bool) -> None:
         parts = self.micro_batches

@@ -26,7 +26,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--replicas", type=int, help="same as --set replicas=N")
     p.add_argument("--jobs", type=int, help="processes (default: all cores where that pays)")
     p.add_argument("--out", default="results", help="folder for results (default: %(default)s); - writes none")
-    p.add_argument("--dry-run", action="store_true", help="check, print the estimate and the resolved scenario, and stop")
+    p.add_argument(
+        "--dry-run", action="store_true", help="check, print the estimate and the resolved scenario, and stop"
+    )
     p.add_argument("--force", action="store_true", help="run even if the estimate says it is too big")
     p.add_argument("--allow-outside", action="store_true", help="let files named in a scenario lie outside its folder")
     p.add_argument("--list", action="store_true", help="list every plug-in kind and stop")

@@ -256,7 +256,10 @@ class Scenario(_Block):
             if model.n_routed_experts % parallel.ep_size:
                 yield (*where, "ep_size"), f"must divide n_routed_experts = {model.n_routed_experts}"
             if policy.parallel and parallel.ep_size != self.parallel.ep_size:
-                yield (*where, "ep_size"), f"policies with experts share one group: parallel.ep_size = {self.parallel.ep_size}"
+                yield (
+                    (*where, "ep_size"),
+                    f"policies with experts share one group: parallel.ep_size = {self.parallel.ep_size}",
+                )
             for field, rule in policy.select.problems(model):
                 yield (*at, "select", field), rule
             if policy.select.needs != self.traffic.provides:
@@ -278,7 +281,10 @@ class Scenario(_Block):
             # Memory comes last: it is only worth saying when the split itself makes sense.
             text = refusal(self.memory(policy), self.cluster.device.memory_bytes)
             if text:
-                yield where, f"policy {policy.name!r} {text} of {self.cluster.device.name} (per device, {self.schedule.phase})"
+                yield (
+                    where,
+                    f"policy {policy.name!r} {text} of {self.cluster.device.name} (per device, {self.schedule.phase})",
+                )
 
 
 def from_hf(data: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -208,7 +208,11 @@ def _tabulate(
                 for key in per_layer[0] if per_layer else ():
                     row[key] = float(np.mean([r[key] for r in rows]))
                 clock = timing.get((replica, index, step))
-                row |= _exchange_row(scenario, index, [r.exchanges[step] for r in found]) if step in measured else _NO_EXCHANGE
+                row |= (
+                    _exchange_row(scenario, index, [r.exchanges[step] for r in found])
+                    if step in measured
+                    else _NO_EXCHANGE
+                )
                 row |= _time_row(scenario, clock)
                 _append(steps, row)
                 for result, r in zip(found, rows, strict=True):
@@ -217,7 +221,10 @@ def _tabulate(
                     received = _device_loads(found, step, parallel.ep_size)
                     for device in range(parallel.ep_size):
                         parts = {f"{key}_s": float(value[device]) / PS_PER_S for key, value in clock["parts"].items()}
-                        _append(devices, head | {"step": step, "device": device, "expert_tokens": int(received[device])} | parts)
+                        _append(
+                            devices,
+                            head | {"step": step, "device": device, "expert_tokens": int(received[device])} | parts,
+                        )
             for result in found:
                 total = result.expert_tokens.sum(axis=0)
                 for expert, n in enumerate(total.tolist()):

@@ -1,4 +1,7 @@
-"""Same scenario and seed, same bytes: in one process, in fresh ones, on any number of them, with any kernels."""
+"""Same scenario and seed, same bytes: in one process, in fresh ones, on any number of them, with any kernels.
+
+And what a row says does not depend on what else runs: other policies, more replicas, later steps.
+"""
 
 from __future__ import annotations
 
@@ -6,29 +9,31 @@ import hashlib
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
+import pandas as pd
 import pytest
 
+import sim
 from sim.run import main
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = ["--set", "replicas=1", "--set", "steps.count=2", "--set", "steps.warmup.steps=5"]
+TINY = ROOT / "scenarios" / "tiny.yaml"
+SHORT = ["replicas=1", "steps.count=2", "steps.warmup.steps=5"]
+SMALL = [word for value in SHORT for word in ("--set", value)]
+TABLES = {"steps.parquet", "layers.parquet", "devices.parquet", "experts.parquet", "summary.csv", "scenario.yaml"}
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of every table of the one run below ``folder``."""
+    """Return the SHA-256 of every file but the manifest (it holds the wall time) of the one run below ``folder``."""
     (run,) = [path.parent for path in folder.rglob("manifest.json")]
-    return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(run.iterdir())
-        if path.name != "manifest.json"
-    }
+    files = [path for path in sorted(run.iterdir()) if path.name != "manifest.json"]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def in_process(out: Path, *extra: str) -> dict[str, str]:
-    assert main([str(ROOT / "scenarios" / "tiny.yaml"), *SMALL, "--quiet", "--out", str(out), *extra]) == 0
+    assert main([str(TINY), *SMALL, "--quiet", "--out", str(out), *extra]) == 0
     return digests(out)
 
 
@@ -41,7 +46,9 @@ def fresh(out: Path, *extra: str, **environment: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def golden(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return in_process(tmp_path_factory.mktemp("golden"))
+    found = in_process(tmp_path_factory.mktemp("golden"))
+    assert set(found) == TABLES
+    return found
 
 
 def test_ten_repeats_in_one_process(golden: dict[str, str], tmp_path: Path) -> None:
@@ -61,8 +68,9 @@ def test_fresh_process_and_hash_seed(golden: dict[str, str], tmp_path: Path, has
     assert fresh(tmp_path, PYTHONHASHSEED=hash_seed) == golden
 
 
-def test_two_processes(golden: dict[str, str], tmp_path: Path) -> None:
-    assert fresh(tmp_path, "--jobs", "2") == golden
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_number_of_processes(golden: dict[str, str], tmp_path: Path, jobs: str) -> None:
+    assert fresh(tmp_path, "--jobs", jobs) == golden
 
 
 @pytest.mark.parametrize("kernels", ["numpy", "numba"])
@@ -71,11 +79,65 @@ def test_either_kernels(golden: dict[str, str], tmp_path: Path, kernels: str) ->
 
 
 def test_without_cpu_features(golden: dict[str, str], tmp_path: Path) -> None:
+    """NumPy's plain code paths choose the same experts and give the same tables."""
     from numpy._core._multiarray_umath import __cpu_dispatch__, __cpu_features__
 
     features = [name for name in __cpu_dispatch__ if __cpu_features__.get(name)]
     if not features:
         pytest.skip("NumPy dispatches no CPU features on this machine")
-    found = fresh(tmp_path, NPY_DISABLE_CPU_FEATURES=" ".join(features), GATESIM_KERNELS="numpy")
-    assert {name: found[name] for name in ("experts.parquet",)} == {name: golden[name] for name in ("experts.parquet",)}
-    assert np.__version__
+    assert fresh(tmp_path, NPY_DISABLE_CPU_FEATURES=" ".join(features), GATESIM_KERNELS="numpy") == golden
+
+
+def test_locale_and_time_zone(golden: dict[str, str], tmp_path: Path) -> None:
+    assert fresh(tmp_path, LC_ALL="C", TZ="Pacific/Kiritimati", COLUMNS="20") == golden
+
+
+def test_resolved_scenario_repeats_the_run(golden: dict[str, str], tmp_path: Path) -> None:
+    """The `scenario.yaml` beside the tables is enough to get them again."""
+    in_process(tmp_path / "first")
+    (file,) = (tmp_path / "first").rglob("scenario.yaml")
+    assert main([str(file), "--quiet", "--out", str(tmp_path / "second")]) == 0
+    assert digests(tmp_path / "second") == golden
+
+
+# What a row does not depend on -----------------------------------------------------------------------------------
+
+
+def frames(overrides: Sequence[str]) -> dict[str, pd.DataFrame]:
+    result = sim.run(TINY, overrides=[*SHORT, *overrides])
+    return {"steps": result.steps, "layers": result.layers, "devices": result.devices, "experts": result.experts}
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, pd.DataFrame]:
+    return frames(["steps.timed=all"])
+
+
+def test_a_policy_does_not_depend_on_the_others(alone: dict[str, pd.DataFrame]) -> None:
+    """Reversed and fewer: each policy keeps its rows, the random one and the ones that learn included."""
+    chosen = [
+        "{name: random, select: random}",
+        "{name: group-limited + bias, select: group_limited, balance: bias}",
+        "{name: top-k + bias, balance: bias}",
+    ]
+    fewer = frames(["steps.timed=all", f"policies=[{', '.join(chosen)}]"])
+    for name, table in fewer.items():
+        for policy, rows in table.groupby("policy"):
+            expected = alone[name][alone[name].policy == policy]
+            pd.testing.assert_frame_equal(rows.reset_index(drop=True), expected.reset_index(drop=True), check_exact=True)
+
+
+def test_a_replica_does_not_depend_on_how_many_follow(alone: dict[str, pd.DataFrame]) -> None:
+    more = frames(["steps.timed=all", "replicas=3"])
+    for name, table in more.items():
+        first = table[table.replica == 0].reset_index(drop=True)
+        pd.testing.assert_frame_equal(first, alone[name], check_exact=True)
+    tokens = more["experts"].groupby("replica").tokens.apply(tuple)
+    assert len(set(tokens)) == 3
+
+
+def test_a_step_does_not_depend_on_how_many_follow(alone: dict[str, pd.DataFrame]) -> None:
+    longer = frames(["steps.timed=all", "steps.count=4"])
+    for name in ("steps", "layers", "devices"):
+        first = longer[name][longer[name].step < 2].reset_index(drop=True)
+        pd.testing.assert_frame_equal(first, alone[name], check_exact=True)

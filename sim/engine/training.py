@@ -25,6 +25,7 @@ from sim.tokens import F64, I64
 from sim.units import to_ps
 
 Duration = tuple[I64, I64 | None]  # duration_ps [P], transfer_ps [P, P] or None
+Key = tuple[int, bool, int, str]  # micro_batch, backward, layer, phase
 
 # How one layer's phases of two interleaved micro-batches share the streams: phases of equal slot stand side by side.
 _SLOT = {
@@ -93,11 +94,20 @@ class Durations:
         weights = model.layer_parameters(layer)
         if phase == "attention":
             heads = model.num_attention_heads
-            qk = (model.qk_nope_head_dim or 0) + (model.qk_rope_head_dim or 0) or model.head_dim or model.hidden_size // heads
+            qk = (
+                (model.qk_nope_head_dim or 0) + (model.qk_rope_head_dim or 0)
+                or model.head_dim
+                or model.hidden_size // heads
+            )
             v = model.v_head_dim or model.head_dim or model.hidden_size // heads
             is_moe = layer in self.moe_index
             seconds = (
-                self._gemm(flops.attention_projection + flops.router, weights.attention_projection + weights.router, model.hidden_size, backward)
+                self._gemm(
+                    flops.attention_projection + flops.router,
+                    weights.attention_projection + weights.router,
+                    model.hidden_size,
+                    backward,
+                )
                 + self.cost.compute.attention_core_s(
                     self.device,
                     tokens=self.tokens,
@@ -170,23 +180,30 @@ class _Item:
     """An operation before it has a place in the program: its slot within the layer and the items it waits for."""
 
     slot: int
-    key: tuple[int, bool, int, str]  # micro_batch, backward, layer, phase
+    key: Key
     stream: Stream
-    after: tuple[tuple[int, bool, int, str], ...]
+    after: tuple[Key, ...]
     duration: Duration
 
 
-def _layer_items(d: Durations, layer: int, micro: int, backward: bool, before: tuple[tuple[int, bool, int, str], ...], cache: dict[tuple[int, int, str], Duration]) -> list[_Item]:  # fmt: skip
+def _layer_items(
+    d: Durations,
+    layer: int,
+    micro: int,
+    backward: bool,
+    before: tuple[Key, ...],
+    cache: dict[tuple[int, int, str], Duration],
+) -> list[_Item]:
     """Return the operations of one layer, micro-batch and direction; ``before`` must end first."""
     slots = _SLOT_BACKWARD if backward else _SLOT
 
-    def key(phase: str) -> tuple[int, bool, int, str]:
+    def key(phase: str) -> Key:
         return (micro, backward, layer, phase)
 
     def even(phase: str) -> Duration:
         return np.full(d.n_ranks, int(to_ps(d.same(layer, phase, backward))), dtype=np.int64), None
 
-    def item(phase: str, stream: Stream, after: tuple[tuple[int, bool, int, str], ...], duration: Duration) -> _Item:
+    def item(phase: str, stream: Stream, after: tuple[Key, ...], duration: Duration) -> _Item:
         return _Item(slots[phase], key(phase), stream, after, duration)
 
     tensor_parallel = d.parallel.tp_size > 1
@@ -211,7 +228,7 @@ def _layer_items(d: Durations, layer: int, micro: int, backward: bool, before: t
         if backward:
             wgrad = to_ps(d.experts(exchange, "wgrad"))
             items.append(item("experts_wgrad", "compute", (key("experts"),), (wgrad, None)))
-        last: tuple[tuple[int, bool, int, str], ...] = (key("combine"), key("shared_experts")) if shared else (key("combine"),)
+        last: tuple[Key, ...] = (key("combine"), key("shared_experts")) if shared else (key("combine"),)
         if backward:
             items.append(item("attention", "compute", last, even("attention")))
             last = (key("attention"),)
@@ -225,7 +242,7 @@ def _layer_items(d: Durations, layer: int, micro: int, backward: bool, before: t
     return items
 
 
-def _ends(items: list[_Item]) -> tuple[tuple[int, bool, int, str], ...]:
+def _ends(items: list[_Item]) -> tuple[Key, ...]:
     """Return the keys nobody in ``items`` waits for: what the next layer has to wait for."""
     waited = {key for item in items for key in item.after}
     return tuple(item.key for item in items if item.key not in waited)
@@ -238,7 +255,7 @@ def build_plan(work: Work) -> Plan:
     layers = range(d.model.num_hidden_layers)
     cache: dict[tuple[int, int, str], Duration] = {}
 
-    def chain(micro: int, backward: bool, before: tuple[tuple[int, bool, int, str], ...] = ()) -> list[list[_Item]]:
+    def chain(micro: int, backward: bool, before: tuple[Key, ...] = ()) -> list[list[_Item]]:
         blocks = []
         for layer in reversed(layers) if backward else layers:
             block = _layer_items(d, layer, micro, backward, before, cache)

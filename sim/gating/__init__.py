@@ -98,9 +98,7 @@ class Gate:
         if plain is not None and self.is_plain_topk:
             ids = plain
         else:
-            ids = self.select.select(
-                Candidates(scores, self.scale, self.shift, self.k, self.kernels, rng, recorded)
-            )
+            ids = self.select.select(Candidates(scores, self.scale, self.shift, self.k, self.kernels, rng, recorded))
         if isinstance(self.capacity, NoCapacity):
             return ids
         return self.capacity.keep(ids, self.kernels.picked(scores, ids), self.n_routed_experts)

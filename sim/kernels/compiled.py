@@ -152,9 +152,7 @@ def topk(scores: F32, scale: F32, shift: F32, k: int) -> I16:
     return out
 
 
-def group_limited_topk(
-    scores: F32, scale: F32, shift: F32, k: int, n_group: int, topk_group: int, n_best: int
-) -> I16:
+def group_limited_topk(scores: F32, scale: F32, shift: F32, k: int, n_group: int, topk_group: int, n_best: int) -> I16:
     """As `sim.kernels.plain.group_limited_topk`."""
     if topk_group >= n_group:
         return topk(scores, scale, shift, k)

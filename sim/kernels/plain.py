@@ -37,9 +37,7 @@ def topk(scores: F32, scale: F32, shift: F32, k: int) -> I16:
     return out
 
 
-def group_limited_topk(
-    scores: F32, scale: F32, shift: F32, k: int, n_group: int, topk_group: int, n_best: int
-) -> I16:
+def group_limited_topk(scores: F32, scale: F32, shift: F32, k: int, n_group: int, topk_group: int, n_best: int) -> I16:
     """As `topk`, restricted per token to the ``topk_group`` groups with the largest sum of their ``n_best`` best."""
     n_experts = scores.shape[1]
     size = n_experts // n_group

@@ -63,6 +63,4 @@ class GroupLimited(Select):
         if self.n_group is None or self.topk_group is None:
             raise ValueError("group_limited has no n_group and topk_group yet; take for_model(model) first")
         n_best = {"max": 1, "top2_sum": 2, "topk_sum": max(1, c.k // self.topk_group)}[self.group_score]
-        return c.kernels.group_limited_topk(
-            c.scores, c.scale, c.shift, c.k, self.n_group, self.topk_group, n_best
-        )
+        return c.kernels.group_limited_topk(c.scores, c.scale, c.shift, c.k, self.n_group, self.topk_group, n_best)
