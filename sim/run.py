@@ -85,6 +85,8 @@ def _main(args: argparse.Namespace) -> int:
     if args.jobs is not None and args.jobs < 1:
         print(f"--jobs must be at least 1 [got {args.jobs}]", file=sys.stderr)
         return 2
+    from concurrent.futures import BrokenExecutor
+
     from sim.estimate import TooBig, estimate
     from sim.scenario import load
     from sim.yamlfile import ScenarioError
@@ -121,6 +123,9 @@ def _main(args: argparse.Namespace) -> int:
         except (OSError, ValueError) as error:
             print(f"{scenario.name}: {error}", file=sys.stderr)
             return 2
+        except (MemoryError, BrokenExecutor) as error:  # a worker killed for memory breaks the pool
+            print(f"{scenario.name}: ran out of memory, or lost a process: {error}; try fewer --jobs", file=sys.stderr)
+            return 1
     return 0
 
 

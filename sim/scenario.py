@@ -353,5 +353,6 @@ def _trace_path(document: Document, allow_outside: bool) -> Document:
         raise ScenarioError([document.problem(("traffic", "path"), "is not a usable file name")]) from None
     if not allow_outside and not inside:
         raise ScenarioError([document.problem(("traffic", "path"), "a trace named in a file must lie in its folder")])
-    document.data["traffic"] = traffic | {"path": os.path.relpath(target)}
+    shown = target if os.path.isabs(traffic["path"]) else os.path.relpath(target)
+    document.data["traffic"] = traffic | {"path": shown}
     return document
