@@ -8,6 +8,7 @@ the same folder with the same bytes.
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import json
 import math
@@ -15,7 +16,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -87,16 +88,33 @@ def _atomic_folder(folder: Path) -> Iterator[Path]:
         for path in work.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-        if folder.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.{os.getpid()}.", dir=folder.parent))
-            os.replace(folder, old / "old")
-            os.replace(work, folder)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(work, folder)
+        _swap(work, folder)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
+
+
+def _swap(work: Path, folder: Path) -> None:
+    """Give ``work`` the name ``folder``. An older folder goes once that is done, and keeps its name if it fails."""
+    for attempts_left in reversed(range(10)):
+        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.{os.getpid()}.", dir=folder.parent))
+        old = aside / "old"
+        try:
+            with suppress(FileNotFoundError):
+                os.replace(folder, old)
+            os.replace(work, folder)
+            return
+        except BaseException as error:
+            if old.exists():
+                with suppress(OSError):
+                    os.replace(old, folder)
+            # Another process may have finished the same scenario in between.
+            occupied = isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST)
+            if not (occupied and attempts_left):
+                raise
+        finally:
+            if folder.exists() or not old.exists():
+                shutil.rmtree(aside, ignore_errors=True)
 
 
 def _alive(name: str) -> bool:

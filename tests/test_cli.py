@@ -348,9 +348,9 @@ def test_the_estimate_reads_as_text() -> None:
 # --- signals ---
 
 
-@pytest.mark.parametrize(("jobs", "delay"), [("1", 0.2), ("1", 1.2), ("2", 1.2), ("2", 2.5)])
+@pytest.mark.parametrize(("jobs", "delay"), [("1", 0.2), ("1", 1.2), ("2", 2.2)])
 def test_ctrl_c_ends_a_run_at_once_and_leaves_nothing(place: Path, jobs: str, delay: float) -> None:
-    """While Python starts, in the simulation, while workers start, and while they work."""
+    """While Python starts, in the simulation, and in the workers."""
     process = start(TINY, *LONG, "--jobs", jobs, start_new_session=True)
     time.sleep(delay)
     assert process.poll() is None
@@ -426,8 +426,10 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.parametrize(
+    ("number", "older"),
+    [(signal.SIGINT, False), (signal.SIGTERM, True), (signal.SIGKILL, False), (signal.SIGKILL, True)],
+)
 def test_a_signal_while_writing_leaves_no_half_folder(
     place: Path, capsys: pytest.CaptureFixture[str], number: signal.Signals, older: bool
 ) -> None:
