@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 
 from sim.kernels import compiled_enabled
-from sim.rollout import measured_steps, token_layers
+from sim.rollout import measured_steps, token_layers, token_layers_of
 from sim.scenario import Scenario
 from sim.units import human
 
@@ -103,9 +103,7 @@ def estimate(scenario: Scenario) -> Estimate:
         if not model.is_moe:
             continue
         width = (model.n_routed_experts / 256 + 0.3) / 1.3
-        per_policy = scenario.steps.count * ranks * tokens * model.n_moe_layers * scenario.replicas
-        if any(rule.kind != "none" for rule in policy.balance):
-            per_policy += warmup.steps * warmup.ranks * warmup.tokens_per_rank * model.n_moe_layers * scenario.replicas
+        per_policy = token_layers_of(scenario, policy)
         seconds += per_policy * _ROUTE_S[compiled] * width
         key = model.model_dump_json()
         models[key] = max(models.get(key, 0.0), per_policy * _SHARED_S[compiled] * width)
@@ -119,7 +117,7 @@ def estimate(scenario: Scenario) -> Estimate:
         memory += 200.0 * model.n_moe_layers * model.n_routed_experts * scenario.replicas
     seconds += sum(models.values())
     widest = max((scenario.model_of(p).n_routed_experts for p in scenario.policies), default=0)
-    learns = any(rule.kind != "none" for policy in scenario.policies for rule in policy.balance)
+    learns = any(policy.learns for policy in scenario.policies)
     most = max(tokens, warmup.tokens_per_rank if learns and warmup.steps else 0)
     memory += 4.0 * most * (6 * widest + ranks * 160)
     return Estimate(work, events, memory, seconds, _reason(scenario, events, memory, seconds))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sim.metrics.balance import uniform_max_vio
+from sim.metrics.balance import least_share, max_vio, uniform_max_vio
 from sim.scenario import Scenario
 
 if TYPE_CHECKING:
@@ -122,12 +122,11 @@ def _of_replica(tables: dict[str, Table], scenario: Scenario, index: int, replic
     row |= dict.fromkeys(("max_vio_global", "max_vio_global_floor", "least_share"), math.nan)
     if len(tokens):
         loads = tokens.reshape(-1, model.n_routed_experts)
-        means = loads.mean(axis=1)
         n_tokens = scenario.parallel.ep_size * scenario.tokens_per_rank * scenario.steps.count
         k = round(float(loads[0].sum()) / n_tokens)
-        row["max_vio_global"] = float((loads.max(axis=1) / means - 1).mean())
+        row["max_vio_global"] = float(max_vio(loads).mean())
         row["max_vio_global_floor"] = uniform_max_vio(n_tokens, model.n_routed_experts, k)
-        row["least_share"] = float((loads.min(axis=1) / means).mean())
+        row["least_share"] = float(least_share(loads).mean())
     return row
 
 

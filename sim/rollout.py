@@ -66,18 +66,16 @@ def shape_of(scenario: Scenario, policy: Policy) -> TrafficShape:
 
 def token_layers(scenario: Scenario) -> int:
     """Tokens x MoE layers x policies that a run routes: the size of its work."""
-    total = 0
-    for policy in scenario.policies:
-        model = scenario.model_of(policy)
-        train = scenario.steps.count * scenario.parallel.ep_size * scenario.tokens_per_rank
-        total += (train + _warmup_tokens(scenario, policy)) * model.n_moe_layers * scenario.replicas
-    return total
+    return sum(token_layers_of(scenario, policy) for policy in scenario.policies)
 
 
-def _warmup_tokens(scenario: Scenario, policy: Policy) -> int:
+def token_layers_of(scenario: Scenario, policy: Policy) -> int:
+    """The part of `token_layers` that one policy routes."""
     warmup = scenario.steps.warmup
-    learns = any(rule.kind != "none" for rule in policy.balance)
-    return warmup.steps * warmup.ranks * warmup.tokens_per_rank if learns else 0
+    tokens = scenario.steps.count * scenario.parallel.ep_size * scenario.tokens_per_rank
+    if policy.learns:
+        tokens += warmup.steps * warmup.ranks * warmup.tokens_per_rank
+    return tokens * scenario.model_of(policy).n_moe_layers * scenario.replicas
 
 
 class _Layer:
@@ -97,7 +95,7 @@ class _Layer:
             np.zeros((scenario.steps.count, experts), dtype=np.int64),
             np.zeros(scenario.steps.count),
         )
-        self.learns = any(rule.kind != "none" for rule in self.policy.balance)
+        self.learns = self.policy.learns
         self.micro_batches = scenario.schedule.micro_batches
         self.ranks_per_node = scenario.cluster.topology.domain(scenario.cluster)
 

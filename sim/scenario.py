@@ -273,7 +273,7 @@ class Scenario(_Block):
                         else ""
                     ),
                 )
-            if self.traffic.provides == "ids" and any(rule.kind != "none" for rule in policy.balance):
+            if self.traffic.provides == "ids" and policy.learns:
                 yield (*at, "balance"), "recorded choices cannot be balanced after the fact; only placements can differ"
         elif policy.select.kind != "dense":
             yield (*at, "select"), "a model without routed experts takes select: dense"

@@ -6,6 +6,7 @@ in the order of policies, replicas, steps and layers.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -47,10 +48,10 @@ def run(
 
     source: a scenario file's path, plain data, or a `Scenario`. overrides: ``{"policies.0.select.topk_group": 2}`` or
     ``["seed=3"]``. jobs: processes; None = as many as cores where that pays. Workers import the calling script, so more
-    than one needs ``if __name__ == "__main__":`` in it, and plug-ins that live in an importable module. force: run even if the estimate says that
-    it is too big. progress: a bar on stderr. Raises `sim.yamlfile.ScenarioError` or `sim.estimate.TooBig`.
+    than one needs ``if __name__ == "__main__":`` in it, and plug-ins that live in an importable module. force: run even
+    if the estimate says that it is too big. progress: a bar on stderr. Raises `sim.yamlfile.ScenarioError` or `sim.estimate.TooBig`.
     """
-    sets = [f"{k}={_yaml(v)}" for k, v in overrides.items()] if isinstance(overrides, Mapping) else list(overrides)
+    sets = [f"{k}={json.dumps(v)}" for k, v in overrides.items()] if isinstance(overrides, Mapping) else list(overrides)
     if isinstance(source, Scenario):
         scenario = load(source.model_dump(mode="json", exclude_none=True), sets) if sets else source.resolved()
         found = [f"{'.'.join(map(str, path))}: {rule}" for path, rule in scenario.problems()]
@@ -62,12 +63,6 @@ def run(
     if expected.too_big and not force:
         raise TooBig(expected)
     return simulate(scenario, jobs, expected, progress)
-
-
-def _yaml(value: Any) -> str:
-    import json
-
-    return json.dumps(value)
 
 
 def _tasks(scenario: Scenario) -> list[Task]:

@@ -2,7 +2,8 @@
 
 One MoE layer, forward: attention (projections, core, norms, gate) -> dispatch -> experts -> combine, the shared experts
 while the dispatch is in flight. Backward mirrors it: the gradients are dispatched to the experts, these run dgrad, the
-results are combined, and wgrad fills the time that the combine takes (as in DualPipe and ZB1P). A dense layer is compute only; tensor parallelism adds an all-reduce.
+results are combined, and wgrad fills the time that the combine takes (as in DualPipe and ZB1P). A dense layer is compute
+only; tensor parallelism adds an all-reduce.
 """
 
 from __future__ import annotations

@@ -46,6 +46,11 @@ class Gating(BaseModel):
     norm_topk_prob: bool | None = None
     routed_scaling_factor: float | None = None
 
+    @property
+    def learns(self) -> bool:
+        """Whether some balancing rule has a state that steps change."""
+        return any(rule.kind != "none" for rule in self.balance)
+
 
 class Gate:
     """A gate at work in one MoE layer: its configuration, and the state of its balancing rules.
