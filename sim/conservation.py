@@ -20,22 +20,23 @@ def _equal(law: str, left: object, right: object) -> None:
         raise ConservationError(f"{law}: {left} != {right}")
 
 
-def check_exchange(exchange: Exchange, tokens_per_rank: int, k: int, dropped: int = 0) -> None:
-    """Check one layer and micro-batch: sum of expert loads = tokens x k - dropped, and the copies that follow from it.
+def check_exchange(exchange: Exchange, tokens_per_rank: int, pairs: I64 | int) -> None:
+    """Check one layer and micro-batch: each source's expert loads sum to the pairs it kept, and the copies that follow.
+
+    pairs: [P] kept (token, expert) pairs per source rank, counted on the way (tokens x k - dropped), or one number for all.
 
     A rank receives at most one copy of a token and at least ceil(pairs / experts there); a node likewise. Within these
     bounds, the copies that each source sends must be as many as ``exchange.copies`` counted on the way.
     """
     n_ranks, n_experts = exchange.expert_tokens.shape
-    _equal(
-        "C1 expert loads = tokens x k - dropped",
-        int(exchange.expert_tokens.sum()),
-        n_ranks * tokens_per_rank * k - dropped,
-    )
-    if dropped == 0:
-        loads = exchange.expert_tokens.sum(axis=1)
-        if (loads != tokens_per_rank * k).any():
-            raise ConservationError(f"C1 each source sends tokens x k: {loads.tolist()} != {tokens_per_rank * k}")
+    loads = exchange.expert_tokens.sum(axis=1)
+    expected = np.broadcast_to(pairs, loads.shape)
+    if (loads != expected).any():
+        raise ConservationError(
+            f"C1 each source's expert loads = tokens x k - dropped: {loads.tolist()} != {expected.tolist()}"
+        )
+    if exchange.computed_tokens is not None and (exchange.computed_tokens < exchange.expert_tokens).any():
+        raise ConservationError("C1 padding only adds rows")
     if min(int(a.min(initial=0)) for a in (exchange.expert_tokens, exchange.rank_tokens, exchange.node_tokens)) < 0:
         raise ConservationError("C1 counts are not negative")
     if exchange.expert_tokens.max(initial=0) > tokens_per_rank:
@@ -44,8 +45,8 @@ def check_exchange(exchange: Exchange, tokens_per_rank: int, k: int, dropped: in
         )
     per_rank = max(1, n_experts // n_ranks)
     ranks_per_node = -(-n_ranks // exchange.node_tokens.shape[1])
-    pairs = exchange.pairs
-    _between("C2 copies to a rank", exchange.rank_tokens, -(-pairs // per_rank), np.minimum(pairs, tokens_per_rank))
+    sent = exchange.pairs
+    _between("C2 copies to a rank", exchange.rank_tokens, -(-sent // per_rank), np.minimum(sent, tokens_per_rank))
     starts = np.arange(0, n_ranks, ranks_per_node)
     copies = np.add.reduceat(exchange.rank_tokens, starts, axis=1)
     _between(
@@ -56,8 +57,8 @@ def check_exchange(exchange: Exchange, tokens_per_rank: int, k: int, dropped: in
     )
     if exchange.copies is not None:
         for column, (name, counts) in enumerate((("ranks", exchange.rank_tokens), ("nodes", exchange.node_tokens))):
-            sent, known = counts.sum(axis=1).tolist(), exchange.copies[:, column].tolist()
-            _equal(f"C2 copies that each source sends to {name}", sent, known)
+            found, known = counts.sum(axis=1).tolist(), exchange.copies[:, column].tolist()
+            _equal(f"C2 copies that each source sends to {name}", found, known)
 
 
 def _between(law: str, value: I64, low: I64, high: I64) -> None:

@@ -59,7 +59,8 @@ class Exchange:
 
     rank_tokens: [P, P], row s: ``num_tokens_per_rank`` of source s. node_tokens: [P, N]. expert_tokens: [P, E].
     expert_rank: [E] int32. copies: [P, 2], the row sums of rank_tokens and node_tokens counted by another algorithm, so
-    that `sim.conservation` can tell a lost copy; None if unknown.
+    that `sim.conservation` can tell a lost copy; None if unknown. computed_tokens: [P, E] rows that the experts compute,
+    padding included; None: the expert_tokens.
     """
 
     rank_tokens: I64
@@ -67,6 +68,7 @@ class Exchange:
     expert_tokens: I64
     expert_rank: I32
     copies: I64 | None = None
+    computed_tokens: I64 | None = None
 
     @property
     def pairs(self) -> I64:

@@ -6,6 +6,7 @@ reports all problems at once, each at its line.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from sim.cost.calibrated import Calibrated
 from sim.cost.memory import refusal, serving_memory_bytes, training_memory_bytes
 from sim.cost.port import Port
 from sim.gating import Gating
+from sim.gating.balance import Balance
 from sim.hardware import BYTES_PER_ELEMENT
 from sim.model import Model
 from sim.placement import Placement
@@ -116,13 +118,17 @@ class Scenario(_Block):
     cluster: Cluster
     parallel: Parallel = Parallel()
     traffic: Annotated[Traffic, Choice(Traffic)]
+    router_dynamics: tuple[Annotated[Balance, Choice(Balance)], ...] = ()
+    """Assumptions about what training does to the router itself, under every policy; none by default."""
     steps: Steps = Steps()
     schedule: Schedule = Schedule()
     cost: Cost = Cost()
     policies: Annotated[tuple[Policy, ...], Field(min_length=1, max_length=100)]
 
     def model_of(self, policy: Policy) -> Model:
-        return policy.model or self.model
+        """The model that ``policy`` gates, with the policy's own number of experts per token if it has one."""
+        model, k = policy.model or self.model, policy.num_experts_per_tok
+        return model if k is None or k == model.num_experts_per_tok or not model.is_moe else _with_k(model, k)
 
     def parallel_of(self, policy: Policy) -> Parallel:
         return policy.parallel or self.parallel
@@ -141,7 +147,12 @@ class Scenario(_Block):
         policies = []
         for policy in self.policies:
             model = self.model_of(policy)
-            policies.append(policy.model_copy(update={"select": policy.select.for_model(model)}))
+            pieces = {
+                "select": policy.select.for_model(model),
+                "balance": tuple(rule.for_model(model) for rule in policy.balance),
+                "capacity": policy.capacity.for_model(model),
+            }
+            policies.append(policy.model_copy(update=pieces))
         return self.model_copy(update={"policies": tuple(policies)})
 
     def memory(self, policy: Policy) -> dict[str, float]:
@@ -260,10 +271,16 @@ class Scenario(_Block):
                     (*where, "ep_size"),
                     f"policies with experts share one group: parallel.ep_size = {self.parallel.ep_size}",
                 )
-            for field, rule in policy.select.problems(model):
-                yield (*at, "select", field), rule
-            if policy.select.needs != self.traffic.provides:
-                has, wants = self.traffic.provides, policy.select.needs
+            for path, piece in policy.pieces():
+                for field, rule in piece.for_model(model).problems(model):
+                    yield (*at, *path, field), rule
+            has, wants = self.traffic.provides, policy.select.needs
+            if wants == "token_ids" and self.traffic.token_frequency is None:
+                yield (
+                    (*at, "select"),
+                    f"select {policy.select.kind} routes by vocabulary index; traffic {self.traffic.kind} has no vocabulary",
+                )
+            elif wants != has and not (wants == "token_ids" and has == "logits"):
                 yield (
                     (*at, "select"),
                     f"select {policy.select.kind} needs {wants}, traffic {self.traffic.kind} provides {has}"
@@ -273,7 +290,7 @@ class Scenario(_Block):
                         else ""
                     ),
                 )
-            if self.traffic.provides == "ids" and policy.learns:
+            if has == "ids" and policy.learns:
                 yield (*at, "balance"), "recorded choices cannot be balanced after the fact; only placements can differ"
         elif policy.select.kind != "dense":
             yield (*at, "select"), "a model without routed experts takes select: dense"
@@ -285,6 +302,11 @@ class Scenario(_Block):
                     where,
                     f"policy {policy.name!r} {text} of {self.cluster.device.name} (per device, {self.schedule.phase})",
                 )
+
+
+@functools.lru_cache(maxsize=256)
+def _with_k(model: Model, k: int) -> Model:
+    return Model.model_validate(model.model_dump() | {"num_experts_per_tok": k})
 
 
 def from_hf(data: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -24,8 +24,10 @@ from sim.estimate import Estimate, TooBig, estimate
 from sim.exchange import Exchange, token_bytes
 from sim.metrics.balance import coefficient_of_variation, least_share, max_vio, uniform_max_vio
 from sim.results import Result, summarise
-from sim.rollout import Counts, Task, measured_steps
+from sim.rollout import Task, measured_steps, shape_of
 from sim.scenario import Scenario, load
+from sim.tally import Counts
+from sim.traffic import TrafficShape
 from sim.units import PS_PER_S
 
 A = TypeVar("A")
@@ -66,12 +68,11 @@ def run(
 
 
 def _tasks(scenario: Scenario) -> list[Task]:
-    """Cut the routing into (replica, model, block of layers)."""
-    groups: dict[str, list[int]] = {}
+    """Cut the routing into (replica, traffic shape, block of layers)."""
+    groups: dict[TrafficShape, list[int]] = {}
     for i, policy in enumerate(scenario.policies):
-        model = scenario.model_of(policy)
-        if model.is_moe:
-            groups.setdefault(model.model_dump_json(), []).append(i)
+        if scenario.model_of(policy).is_moe:
+            groups.setdefault(shape_of(scenario, policy), []).append(i)
     tasks = []
     for replica in range(scenario.replicas):
         for indices in groups.values():
@@ -242,7 +243,7 @@ def _append(table: Table, row: Mapping[str, Any]) -> None:
 
 def _layer_rows(scenario: Scenario, index: int, result: Counts) -> dict[str, Any]:
     loads = result.expert_tokens
-    k = int(loads[0].sum()) // (scenario.parallel.ep_size * scenario.tokens_per_rank)
+    k = max(1, round(float(result.asked.mean()) / (scenario.parallel.ep_size * scenario.tokens_per_rank)))
     order = np.argsort(result.expert_rank, kind="stable")
     ranks = loads[:, order].reshape(len(loads), scenario.parallel.ep_size, -1).sum(axis=2)
     tokens = scenario.parallel.ep_size * scenario.tokens_per_rank

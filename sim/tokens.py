@@ -22,12 +22,16 @@ class Tokens:
     rank: source rank in the EP group.
     logits: [T, E] float32 router logits, or None when only recorded choices exist (replay of ids).
     topic: [T] int32 index into the traffic's topics (leaf names), for per-domain statistics.
+    sequence: [T] int32, which of the batch's sequences a token belongs to (0, 1, ...), or None: all of one sequence.
+    token_ids: [T] int32 vocabulary index, 0 = the most frequent, or None if the traffic has no vocabulary.
     topk_ids, topk_weights: [T, k] int16 / float32 recorded choices, or None when the gate has to choose.
     """
 
     rank: int
     logits: F32 | None
     topic: I32
+    sequence: I32 | None = None
+    token_ids: I32 | None = None
     topk_ids: I16 | None = None
     topk_weights: F32 | None = None
 

@@ -51,7 +51,7 @@ def test_a_real_run_keeps_every_law(exchanges: list[Exchange], timed: tuple[Work
     assert len(exchanges) == 5 * 3 * 2  # policies, layers, micro-batches
     for exchange in exchanges:
         assert exchange.copies is not None
-        check_exchange(exchange, TOKENS, K)
+        check_exchange(exchange, TOKENS, TOKENS * K)
     _, plan, timeline = timed
     assert violations(plan, timeline) == []
     check_time(breakdown(plan, timeline), timeline.makespan_ps)
@@ -73,7 +73,7 @@ def test_one_wrong_count_is_caught_every_time(name: str, exchanges: list[Exchang
     for _ in range(50):
         wrong = _planted(exchanges[rng.integers(len(exchanges))], name, rng)
         try:
-            check_exchange(wrong, TOKENS, K)
+            check_exchange(wrong, TOKENS, TOKENS * K)
         except ConservationError:
             caught += 1
     assert caught == 50
@@ -86,7 +86,7 @@ def test_bounds_alone_would_not_catch_it(exchanges: list[Exchange]) -> None:
     for _ in range(50):
         wrong = _planted(exchanges[rng.integers(len(exchanges))], "rank_tokens", rng)
         try:
-            check_exchange(replace(wrong, copies=None), TOKENS, K)
+            check_exchange(replace(wrong, copies=None), TOKENS, TOKENS * K)
             missed += 1
         except ConservationError:
             pass
@@ -96,20 +96,31 @@ def test_bounds_alone_would_not_catch_it(exchanges: list[Exchange]) -> None:
 @pytest.mark.parametrize("dropped", [1, -1])
 def test_a_wrong_number_of_drops_is_caught(dropped: int, exchanges: list[Exchange]) -> None:
     with pytest.raises(ConservationError, match="C1"):
-        check_exchange(exchanges[0], TOKENS, K, dropped=dropped)
+        check_exchange(exchanges[0], TOKENS, TOKENS * K - dropped)
 
 
 def test_dropped_choices_are_accounted_for(exchanges: list[Exchange]) -> None:
-    """One pair fewer, declared as dropped, is lawful; which source lost it does not matter."""
+    """One pair fewer, declared as dropped by its source, is lawful; declared by another source it is not."""
     exchange = next(e for e in exchanges if (e.pairs - e.rank_tokens).max() > 0)
     source, rank = np.argwhere(exchange.pairs > exchange.rank_tokens)[0]
     expert = next(e for e in np.flatnonzero(exchange.expert_rank == rank) if exchange.expert_tokens[source, e] > 0)
     fewer = exchange.expert_tokens.copy()
     fewer[source, expert] -= 1
     wrong = replace(exchange, expert_tokens=fewer)
-    check_exchange(wrong, TOKENS, K, dropped=1)
-    with pytest.raises(ConservationError):
-        check_exchange(wrong, TOKENS, K)
+    pairs = np.full(len(fewer), TOKENS * K)
+    pairs[source] -= 1
+    check_exchange(wrong, TOKENS, pairs)
+    for elsewhere in (np.full(len(fewer), TOKENS * K), np.roll(pairs, 1)):
+        with pytest.raises(ConservationError, match="C1"):
+            check_exchange(wrong, TOKENS, elsewhere)
+
+
+def test_padding_only_adds_rows(exchanges: list[Exchange]) -> None:
+    exchange = exchanges[0]
+    rows = np.full_like(exchange.expert_tokens, exchange.expert_tokens.max())
+    check_exchange(replace(exchange, computed_tokens=rows), TOKENS, TOKENS * K)
+    with pytest.raises(ConservationError, match="padding"):
+        check_exchange(replace(exchange, computed_tokens=rows - 1), TOKENS, TOKENS * K)
 
 
 @pytest.mark.parametrize("law", ["C1 counts are not negative", "C1 a token's experts are distinct"])
@@ -122,7 +133,7 @@ def test_impossible_counts_are_named(law: str, exchanges: list[Exchange]) -> Non
         wrong[0] = 0
         wrong[0, 0], wrong[0, 1] = TOKENS + 1, others
     with pytest.raises(ConservationError, match=law):
-        check_exchange(replace(exchanges[0], expert_tokens=wrong), TOKENS, K)
+        check_exchange(replace(exchanges[0], expert_tokens=wrong), TOKENS, TOKENS * K)
 
 
 def test_one_wrong_picosecond_is_caught_every_time(timed: tuple[Work, Plan, Timeline]) -> None:

@@ -142,7 +142,8 @@ class Durations:
 
     def experts(self, exchange: Exchange, part: Part) -> F64:
         """Seconds [P] of each rank's routed experts for one micro-batch and pass."""
-        per_expert = exchange.expert_tokens.sum(axis=0)
+        computed = exchange.expert_tokens if exchange.computed_tokens is None else exchange.computed_tokens
+        per_expert = computed.sum(axis=0)
         pairs = np.bincount(exchange.expert_rank, weights=per_expert, minlength=self.n_ranks)
         active = np.bincount(exchange.expert_rank, weights=per_expert > 0, minlength=self.n_ranks)
         self.billed_expert_flops += int(pairs.sum()) * self.model.expert_flops
@@ -294,8 +295,12 @@ def build_plan(work: Work) -> Plan:
         )
         for item in program
     )
-    kept = sum(int(exchange.expert_tokens.sum()) for layer in work.exchanges for exchange in layer)
-    check_flops(d.billed_expert_flops, kept * (3 if training else 1), d.model.expert_flops)
+    pairs = sum(
+        int((e.expert_tokens if e.computed_tokens is None else e.computed_tokens).sum())
+        for layer in work.exchanges
+        for e in layer
+    )
+    check_flops(d.billed_expert_flops, pairs * (3 if training else 1), d.model.expert_flops)
     return Plan(d.n_ranks, ops)
 
 

@@ -1,29 +1,31 @@
 """A gate is composed: score x select x balance x capacity. Published gates are presets of this composition.
 
-Knows tokens and experts only; no clock, no device, no topic.
+Knows tokens, topics and experts only; no clock, no device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from sim.gating.balance import Balance
+from sim.gating.balance import Balance, Seen
 from sim.gating.balance.none import NoBalance
-from sim.gating.capacity import Capacity
+from sim.gating.capacity import Asked, Capacity
 from sim.gating.capacity.none import NoCapacity
+from sim.gating.piece import GateShape, Piece
 from sim.gating.score import Score
 from sim.gating.select import Candidates, Select
 from sim.gating.select.topk import TopK
 from sim.kernels.choose import Kernels, choose
 from sim.model import Model
 from sim.plugin import Choice, make
-from sim.tokens import F32, F64, I16, I64, Routing, Tokens
+from sim.tokens import F32, F64, I16, I32, Routing, Tokens
 
-__all__ = ["Gate", "Gating"]
+__all__ = ["Choices", "Gate", "GateShape", "Gating", "Router"]
 
 
 def _as_list(value: Any) -> Any:
@@ -34,7 +36,9 @@ class Gating(BaseModel):
     """The configuration of a gate.
 
     score: by default the model's ``scoring_func``. select, capacity: one rule each. balance: one rule or a list; their
-    scales multiply, their shifts add. norm_topk_prob, routed_scaling_factor: by default the model's.
+    scales multiply, their shifts and offsets add. num_experts_per_tok, norm_topk_prob, routed_scaling_factor: by default
+    the model's. router_jitter_noise: eps of the multiplicative noise U(1 - eps, 1 + eps) on the router's input during
+    training (Switch, appendix; Megatron ``moe_input_jitter_eps``).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -43,13 +47,40 @@ class Gating(BaseModel):
     select: Annotated[Select, Choice(Select)] = TopK()
     balance: Annotated[tuple[Annotated[Balance, Choice(Balance)], ...], BeforeValidator(_as_list)] = (NoBalance(),)
     capacity: Annotated[Capacity, Choice(Capacity)] = NoCapacity()
+    num_experts_per_tok: int | None = Field(default=None, gt=0)
     norm_topk_prob: bool | None = None
     routed_scaling_factor: float | None = None
+    router_jitter_noise: float = Field(default=0.0, ge=0, lt=1)
 
     @property
     def learns(self) -> bool:
         """Whether some balancing rule has a state that steps change."""
-        return any(rule.kind != "none" for rule in self.balance)
+        return any(rule.learns for rule in self.balance)
+
+    def pieces(self) -> Iterator[tuple[tuple[str | int, ...], Piece]]:
+        """Yield ``(path, piece)`` of every part that is set."""
+        if self.score is not None:
+            yield ("score",), self.score
+        yield ("select",), self.select
+        for i, rule in enumerate(self.balance):
+            yield ("balance", i), rule
+        yield ("capacity",), self.capacity
+
+
+@dataclass(frozen=True, slots=True)
+class Router:
+    """What a gate's router sees of some tokens: [T, E] float32 logits and affinities, its learned offsets included."""
+
+    logits: F32
+    scores: F32
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """[T, k] int16 expert ids, best first, -1 = none: what the tokens asked for, and what capacity let through."""
+
+    asked: I16
+    kept: I16
 
 
 class Gate:
@@ -66,47 +97,145 @@ class Gate:
     ([[2, 3]], [[0.766, 0.234]])
     """
 
-    def __init__(self, gating: Gating, model: Model, kernels: Kernels | None = None) -> None:
-        self.n_routed_experts = model.n_routed_experts
-        self.k = model.num_experts_per_tok
+    def __init__(
+        self,
+        gating: Gating,
+        model: Model,
+        kernels: Kernels | None = None,
+        *,
+        modalities: tuple[str, ...] = ("text",),
+        token_frequency: F64 | None = None,
+        dynamics: tuple[Balance, ...] = (),
+    ) -> None:
+        """dynamics: assumed changes of the router itself (see `Scenario.router_dynamics`); their offsets belong to the
+        natural affinity, those of ``gating.balance`` do not."""
+        self.k = gating.num_experts_per_tok or model.num_experts_per_tok
+        self.shape = GateShape(
+            model.n_routed_experts, self.k, model.n_group, model.topk_group, modalities, token_frequency
+        )
         self.score = gating.score or make(Score, model.scoring_func)
         self.select = gating.select.for_model(model)
-        self.balance: Sequence[Balance] = gating.balance
-        self.capacity = gating.capacity
+        self.dynamics, self.balance = dynamics, tuple(rule.for_model(model) for rule in gating.balance)
+        self.capacity = gating.capacity.for_model(model)
         self.norm_topk_prob = model.norm_topk_prob if gating.norm_topk_prob is None else gating.norm_topk_prob
         scale = gating.routed_scaling_factor
         self.routed_scaling_factor = model.routed_scaling_factor if scale is None else scale
+        self.jitter = gating.router_jitter_noise
         self.kernels = kernels or choose(0)
-        self.states: list[F64] = [rule.start(self.n_routed_experts) for rule in self.balance]
+        self.states: list[F64] = [rule.start(self.shape) for rule in self.rules]
         self._adjust()
 
+    @property
+    def n_routed_experts(self) -> int:
+        return self.shape.n_routed_experts
+
+    @property
+    def rules(self) -> tuple[Balance, ...]:
+        """The rules behind ``states``, in order."""
+        return (*self.balance, *self.dynamics)
+
+    @property
+    def samples(self) -> bool:
+        """Whether some rule learns from sampled tokens."""
+        return any(rule.samples for rule in self.rules)
+
+    @property
+    def looks_across_tokens(self) -> bool:
+        """Whether a token's experts depend on its neighbours."""
+        return not self.select.per_token or not isinstance(self.capacity, NoCapacity)
+
     def _adjust(self) -> None:
-        scale, shift = np.ones(self.n_routed_experts), np.zeros(self.n_routed_experts)
-        for rule, state in zip(self.balance, self.states, strict=True):
-            factor, term = rule.adjust(state)
-            scale, shift = scale * factor, shift + term
-        self.scale, self.shift = scale.astype(np.float32), shift.astype(np.float32)
+        scale, shift = np.ones((1, self.n_routed_experts)), np.zeros((1, self.n_routed_experts))
+        own, natural = np.zeros(1), np.zeros(1)
+        for i, (rule, state) in enumerate(zip(self.rules, self.states, strict=True)):
+            move = rule.adjust(state, self.shape)
+            scale, shift = scale * move.scale, shift + move.shift
+            if i < len(self.balance):
+                own = own + move.offset
+            else:
+                natural = natural + move.offset
+        self.scale, self.shift = _per_topic(scale), _per_topic(shift)
+        self.natural_offset, self.offset = _offset(natural), _offset(natural + own)
+        self.moved = bool(np.any(own))
 
     @property
     def is_plain_topk(self) -> bool:
         """Whether the gate, as its states stand, picks exactly the unrestricted top-k of the unbiased scores."""
         return isinstance(self.select, TopK) and bool((self.scale == 1).all() and (self.shift == 0).all())
 
-    def choose(
-        self, scores: F32, rng: Callable[[], np.random.Generator], recorded: I16 | None = None, plain: I16 | None = None
-    ) -> I16:
-        """Return the expert ids, [T, k] int16, after capacity.
+    def natural_logits(self, logits: F32, topic: I32) -> F32:
+        """Return the logits that define a token's natural affinity: the traffic's, moved by the assumed dynamics."""
+        return _moved(logits, self.natural_offset, topic)
 
-        scores: [T, E] float32 of this gate's score function. rng: makes the random stream, if the rule wants one.
-        plain: the unrestricted top-k of ``scores`` if the caller has it, so that it is not computed twice.
+    def router(self, logits: F32, topic: I32, rng: Callable[[], np.random.Generator], training: bool = True) -> Router:
+        """Return what this gate's router makes of natural ``logits`` [T, E] of tokens with ``topic`` [T]."""
+        moved = _moved(logits, self.offset, topic)
+        if training and self.jitter > 0:
+            # The noise multiplies each input feature; over many features it adds a normal of this spread to a logit.
+            spread = np.sqrt(np.mean(np.square(moved, dtype=np.float64), axis=1, keepdims=True))
+            noise = rng().standard_normal(moved.shape, dtype=np.float32)
+            moved = moved + (self.jitter / 3.0**0.5 * spread).astype(np.float32) * noise
+        return Router(moved, self.score.scores(moved, self.kernels))
+
+    def choose(
+        self,
+        scores: F32,
+        rng: Callable[[], np.random.Generator],
+        tokens: Tokens | None = None,
+        *,
+        logits: F32 | None = None,
+        plain: I16 | None = None,
+    ) -> Choices:
+        """Choose experts for tokens with affinities ``scores`` [T, E] float32.
+
+        rng: makes the random stream, if a rule wants one. tokens: their topics, sequences, vocabulary indices, recorded
+        choices. logits: behind the scores. plain: the unrestricted top-k of ``scores`` if the caller has it, so that it
+        is not computed twice.
         """
         if plain is not None and self.is_plain_topk:
-            ids = plain
+            asked = plain
         else:
-            ids = self.select.select(Candidates(scores, self.scale, self.shift, self.k, self.kernels, rng, recorded))
+            scale, shift = self.scale, self.shift
+            ranked = scores
+            if scale.ndim > 1 or shift.ndim > 1:
+                if tokens is None:
+                    raise ValueError("a bias per modality needs the tokens' topics")
+                ranked = scores * _rows(scale, tokens.topic) + _rows(shift, tokens.topic)
+                scale, shift = np.ones(scores.shape[1], np.float32), np.zeros(scores.shape[1], np.float32)
+            asked = self.select.select(
+                Candidates(
+                    ranked,
+                    scale,
+                    shift,
+                    self.k,
+                    self.kernels,
+                    rng,
+                    tokens.topk_ids if tokens else None,
+                    logits,
+                    tokens.token_ids if tokens else None,
+                    self.shape.token_frequency,
+                )
+            )
+        return Choices(asked, self.keep(asked, scores, tokens, rng))
+
+    def keep(self, asked: I16, scores: F32, tokens: Tokens | None, rng: Callable[[], np.random.Generator]) -> I16:
+        """Return ``asked`` [T, k] with -1 for what the capacity drops."""
         if isinstance(self.capacity, NoCapacity):
-            return ids
-        return self.capacity.keep(ids, self.kernels.picked(scores, ids), self.n_routed_experts)
+            return asked
+        affinity = self.kernels.picked(scores, asked)
+        return self.capacity.keep(Asked(asked, affinity, _sequence(tokens, len(asked)), self.n_routed_experts, rng))
+
+    def keep_recorded(self, tokens: Tokens, rng: Callable[[], np.random.Generator]) -> Choices:
+        """Apply the capacity to recorded choices; without recorded weights all affinities are equal."""
+        asked = tokens.topk_ids
+        if asked is None:
+            raise ValueError("tokens carry neither logits nor recorded choices")
+        if isinstance(self.capacity, NoCapacity):
+            return Choices(asked, asked)
+        weights = tokens.topk_weights
+        affinity = np.ones(asked.shape, np.float32) if weights is None else weights
+        sequence = _sequence(tokens, len(asked))
+        return Choices(asked, self.capacity.keep(Asked(asked, affinity, sequence, self.n_routed_experts, rng)))
 
     def weights(self, scores: F32, topk_ids: I16) -> F32:
         """Return the gate weights [T, k] float32: unbiased scores, normalised and scaled as the model says."""
@@ -120,17 +249,48 @@ class Gate:
         if tokens.logits is None:
             if tokens.topk_ids is None or self.select.needs != "ids":
                 raise ValueError(f"these tokens carry recorded ids only; select {self.select.kind} needs logits")
+            ids = self.keep_recorded(tokens, rng).kept
             weights = tokens.topk_weights
             if weights is None:
-                weights = np.full(tokens.topk_ids.shape, 1.0 / tokens.topk_ids.shape[1], dtype=np.float32)
-            return Routing(tokens.topk_ids, weights)
-        scores = self.score.scores(tokens.logits, self.kernels)
-        ids = self.choose(scores, rng, tokens.topk_ids)
-        return Routing(ids, self.weights(scores, ids))
+                weights = np.full(ids.shape, 1.0 / ids.shape[1], dtype=np.float32)
+            return Routing(ids, np.where(ids >= 0, weights, np.float32(0.0)))
+        router = self.router(tokens.logits, tokens.topic, rng)
+        choices = self.choose(router.scores, rng, tokens, logits=router.logits)
+        return Routing(choices.kept, self.weights(router.scores, choices.kept))
 
-    def update(self, counts: I64, step: int, gain: float = 1.0) -> None:
-        """Let the balancing rules learn from ``counts`` [M, P, E] (see `Balance.update`)."""
+    def update(self, seen: Seen, step: int, gain: float = 1.0, *, warming_up: bool = False) -> None:
+        """Let the rules learn from a step; while warming up, the assumed dynamics of training stand still."""
+        moving = len(self.balance) if warming_up else len(self.rules)
         self.states = [
-            rule.update(state, counts, step, gain) for rule, state in zip(self.balance, self.states, strict=True)
+            rule.update(state, seen, self.shape, step, gain) if i < moving else state
+            for i, (rule, state) in enumerate(zip(self.rules, self.states, strict=True))
         ]
         self._adjust()
+
+
+def _per_topic(values: F64) -> F32:
+    """[E] float32 where all topics share a row, [topics, E] otherwise."""
+    shared = len(values) == 1 or bool((values == values[0]).all())
+    found: F32 = (values[0] if shared else values).astype(np.float32)
+    return found
+
+
+def _offset(values: F64) -> F32 | None:
+    return np.atleast_1d(values).astype(np.float32) if np.any(values) else None
+
+
+def _rows(values: F32, topic: I32) -> F32:
+    return values[topic] if values.ndim > 1 else values
+
+
+def _moved(logits: F32, offset: F32 | None, topic: I32) -> F32:
+    if offset is None:
+        return logits
+    moved: F32 = logits + _rows(offset, topic)
+    return moved
+
+
+def _sequence(tokens: Tokens | None, n_tokens: int) -> I32:
+    if tokens is None or tokens.sequence is None:
+        return np.zeros(n_tokens, dtype=np.int32)
+    return tokens.sequence

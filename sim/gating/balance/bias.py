@@ -11,7 +11,8 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from sim.gating.balance import Balance
+from sim.gating.balance import Adjustment, Balance, Seen
+from sim.gating.piece import GateShape
 from sim.tokens import F64, I64
 
 
@@ -21,35 +22,44 @@ class Bias(Balance):
     bias_update_rate: u (called gamma in the V3 report). rule: ``sign`` moves every bias by u; ``proportional`` by u times
     the *relative* load error (mean - count) / mean (the paper leaves the error's scale open; with raw counts u = 0.001
     would be unstable). form: ``additive`` (s + b, from 0) or ``multiplicative`` (s * b, from 1; paper Table 4).
-    scope: over which tokens a load is counted: the ``global_batch`` (all ranks and micro-batches; the published rule),
-    each ``micro_batch`` (all ranks) or each ``rank`` of each micro-batch; updates of several groups are averaged.
-    stop_after_step: from this step on the rate is 0, or has fallen to 0 linearly with ``decay: linear``.
+    scope: over which tokens a load is counted: ``global_batch`` (the published rule), ``ep_group`` or ``micro_batch``;
+    moves of several groups are averaged. per: one bias for all tokens, or one for each ``modality``, moved by the loads of
+    its own tokens (as a write-up of DeepSeek-V4.1 describes). stop_after_step: from this step on the rate is 0, or has
+    fallen to 0 linearly with ``decay: linear``.
 
     Of a mean of 4 tokens, three experts got 8, 4 and 0:
 
-    >>> counts = np.array([[[8, 4, 0]]])
+    >>> seen, shape = Seen(np.array([[[8, 4, 0]]])), GateShape(3, 1)
     >>> for rule in (Bias(), Bias(rule="proportional"), Bias(form="multiplicative")):
-    ...     rule.update(rule.start(3), counts, step=0).tolist()
-    [-0.001, 0.0, 0.001]
-    [-0.001, 0.0, 0.001]
-    [0.999, 1.0, 1.001]
-    >>> Bias(rule="proportional").update(np.zeros(3), np.array([[[5, 4, 3]]]), step=0).tolist()
-    [-0.00025, 0.0, 0.00025]
+    ...     rule.update(rule.start(shape), seen, shape, step=0).tolist()
+    [[-0.001, 0.0, 0.001]]
+    [[-0.001, 0.0, 0.001]]
+    [[0.999, 1.0, 1.001]]
+
+    Text tokens overload the first expert, image tokens the third; together they look balanced:
+
+    >>> shape = GateShape(3, 1, modalities=("text", "image"))
+    >>> seen = Seen(np.array([[[5, 5, 5]]]), topic_counts=np.array([[5, 3, 1], [0, 2, 4]]))
+    >>> [Bias(per=per).update(Bias(per=per).start(shape), seen, shape, step=0).tolist() for per in ("all", "modality")]
+    [[[0.0, 0.0, 0.0]], [[-0.001, 0.0, 0.001], [0.001, 0.0, -0.001]]]
     """
 
     kind: Literal["bias"] = "bias"
-    bias_update_rate: float = Field(default=1e-3, ge=0)
+    bias_update_rate: float = Field(default=1e-3, ge=0, le=1e3)
     rule: Literal["sign", "proportional"] = "sign"
     form: Literal["additive", "multiplicative"] = "additive"
-    scope: Literal["global_batch", "micro_batch", "rank"] = "global_batch"
+    scope: Literal["global_batch", "ep_group", "micro_batch"] = "global_batch"
+    per: Literal["all", "modality"] = "all"
     stop_after_step: int | None = Field(default=None, ge=0)
     decay: Literal["constant", "linear"] = "constant"
 
-    def start(self, n_routed_experts: int) -> F64:
-        return np.full(n_routed_experts, 0.0 if self.form == "additive" else 1.0)
+    def start(self, shape: GateShape) -> F64:
+        rows = len(set(shape.modalities)) if self.per == "modality" else 1
+        return np.full((rows, shape.n_routed_experts), 0.0 if self.form == "additive" else 1.0)
 
-    def adjust(self, state: F64) -> tuple[F64 | float, F64 | float]:
-        return (1.0, state) if self.form == "additive" else (state, 0.0)
+    def adjust(self, state: F64, shape: GateShape) -> Adjustment:
+        bias = state[shape.modality_of_topic] if self.per == "modality" else state[0]
+        return Adjustment(shift=bias) if self.form == "additive" else Adjustment(scale=bias)
 
     def rate(self, step: int) -> float:
         """Return the update rate after step ``step`` (from 0)."""
@@ -60,14 +70,25 @@ class Bias(Balance):
         left = 1.0 - step / self.stop_after_step if self.decay == "linear" else 1.0
         return self.bias_update_rate * left
 
-    def update(self, state: F64, counts: I64, step: int, gain: float = 1.0) -> F64:
-        axes = {"global_batch": (0, 1), "micro_batch": (1,), "rank": ()}[self.scope]
-        loads = counts.sum(axis=axes).reshape(-1, counts.shape[-1])
+    def _groups(self, seen: Seen, shape: GateShape) -> I64:
+        """Return [rows of the state, groups, E] loads."""
+        if self.per == "all" or seen.topic_counts is None:
+            return seen.loads(self.scope)[None]
+        loads = np.zeros((len(set(shape.modalities)), 1, shape.n_routed_experts), dtype=np.int64)
+        for modality, counts in zip(shape.modality_of_topic, seen.topic_counts, strict=True):
+            loads[modality, 0] += counts
+        return loads
+
+    def update(self, state: F64, seen: Seen, shape: GateShape, step: int, gain: float = 1.0) -> F64:
+        loads = self._groups(seen, shape)
         # Compared as whole numbers, so that an exactly average expert has sign 0.
-        error = loads.sum(axis=1, keepdims=True) - loads * loads.shape[1]
-        if self.rule == "sign":
-            move = np.sign(error).astype(np.float64)
-        else:
-            move = error / np.maximum(loads.sum(axis=1, keepdims=True), 1)
-        moved: F64 = state + self.rate(step) * gain * move.mean(axis=0)
+        total = loads.sum(axis=-1, keepdims=True)
+        error = total - loads * loads.shape[-1]
+        move = np.sign(error).astype(np.float64) if self.rule == "sign" else error / np.maximum(total, 1)
+        moved: F64 = state + self.rate(step) * gain * move.mean(axis=1)
         return moved
+
+    def problems(self, model: object) -> list[tuple[str, str]]:
+        if self.per == "modality" and self.scope != "global_batch":
+            return [("per", "a bias per modality counts the global_batch")]
+        return []

@@ -3,14 +3,38 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from sim.plugin import Plugin
-from sim.tokens import F32, I16
+import numpy as np
+
+from sim.gating.piece import Piece
+from sim.tokens import F32, I16, I32
 
 
-class Capacity(Plugin):
-    """A capacity rule, applied to the tokens of one source rank after selection."""
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The choices of one source rank's micro-batch (T tokens), in the order of its tokens.
+
+    topk_ids: [T, k] int16, best first, -1 = none. affinity: [T, k] float32 unbiased scores of the choices. sequence: [T]
+    int32. n_routed_experts: E. rng: makes the stream of this (replica, step, layer, rank), the same for every policy.
+    """
+
+    topk_ids: I16
+    affinity: F32
+    sequence: I32
+    n_routed_experts: int
+    rng: Callable[[], np.random.Generator]
+
+
+class Capacity(Piece):
+    """A capacity rule, applied to the tokens of one source rank and micro-batch after selection."""
 
     @abstractmethod
-    def keep(self, topk_ids: I16, affinity: F32, n_routed_experts: int) -> I16:
-        """Return ``topk_ids`` [T, k] with -1 in place of dropped choices; affinity [T, k] holds their scores."""
+    def keep(self, asked: Asked) -> I16:
+        """Return ``topk_ids`` [T, k] with -1 in place of dropped choices."""
+
+    def padded_tokens(self, n_tokens: int, k: int, n_routed_experts: int) -> int | None:
+        """Return the rows that every expert computes for ``n_tokens`` of one rank, empty ones included; None: only real
+        ones."""
+        return None

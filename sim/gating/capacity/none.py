@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from typing import Literal
 
-from sim.gating.capacity import Capacity
-from sim.tokens import F32, I16
+from sim.gating.capacity import Asked, Capacity
+from sim.tokens import I16
 
 
 class NoCapacity(Capacity):
     """Every choice is kept.
 
     >>> import numpy as np
-    >>> NoCapacity().keep(np.array([[1], [1], [1]], np.int16), np.ones((3, 1), np.float32), 2).ravel().tolist()
+    >>> ids = np.array([[1], [1], [1]], np.int16)
+    >>> asked = Asked(ids, np.ones((3, 1), np.float32), np.zeros(3, np.int32), 2, np.random.default_rng)
+    >>> NoCapacity().keep(asked).ravel().tolist()
     [1, 1, 1]
     """
 
     kind: Literal["none"] = "none"
 
-    def keep(self, topk_ids: I16, affinity: F32, n_routed_experts: int) -> I16:
-        return topk_ids
+    def keep(self, asked: Asked) -> I16:
+        return asked.topk_ids

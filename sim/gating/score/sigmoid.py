@@ -6,7 +6,7 @@ from typing import Literal
 
 from sim.gating.score import Score
 from sim.kernels.choose import Kernels
-from sim.tokens import F32
+from sim.tokens import F32, F64
 
 
 class Sigmoid(Score):
@@ -23,3 +23,6 @@ class Sigmoid(Score):
 
     def scores(self, logits: F32, kernels: Kernels) -> F32:
         return kernels.sigmoid(logits)
+
+    def slope(self, scores: F64) -> F64:
+        return scores * (1.0 - scores)

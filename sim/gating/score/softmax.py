@@ -6,7 +6,7 @@ from typing import Literal
 
 from sim.gating.score import Score
 from sim.kernels.choose import Kernels
-from sim.tokens import F32
+from sim.tokens import F32, F64
 
 
 class Softmax(Score):
@@ -23,3 +23,6 @@ class Softmax(Score):
 
     def scores(self, logits: F32, kernels: Kernels) -> F32:
         return kernels.softmax(logits)
+
+    def slope(self, scores: F64) -> F64:
+        return scores

@@ -8,7 +8,7 @@ import numpy as np
 
 from sim.gating.score import Score
 from sim.kernels.choose import Kernels
-from sim.tokens import F32
+from sim.tokens import F32, F64
 
 
 class SqrtSoftplus(Score):
@@ -27,3 +27,8 @@ class SqrtSoftplus(Score):
         softplus = np.maximum(wide, 0.0) + np.log1p(np.exp(-np.abs(wide)))
         scores: F32 = np.sqrt(softplus).astype(np.float32)
         return scores
+
+    def slope(self, scores: F64) -> F64:
+        # s^2 = log(1 + e^z), so sigmoid(z) = 1 - exp(-s^2).
+        slope: F64 = -np.expm1(-(scores**2)) / (2.0 * np.maximum(scores, np.finfo(np.float64).tiny))
+        return slope

@@ -5,23 +5,26 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 import numpy as np
 
+from sim.gating.piece import Piece
 from sim.kernels.choose import Kernels
-from sim.model import Model
-from sim.plugin import Plugin
-from sim.tokens import F32, I16
+from sim.tokens import F32, F64, I16, I32
 
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
     """What a selection rule may look at; it never sees a clock, a device or another token's future.
 
-    scores: [T, E] float32 unbiased affinities. scale, shift: [E] float32; selection ranks ``scores * scale + shift``.
-    k: experts per token. kernels: the numeric kernels to use. rng: makes the stream of this (replica, step, layer,
-    rank), the same for every policy. recorded: [T, k] int16 choices of a replayed trace, or None.
+    scores: [T, E] float32 unbiased affinities. scale, shift: [E] float32; selection ranks ``scores * scale + shift``
+    (a bias per modality is already inside ``scores``). k: experts per token. kernels: the numeric kernels to use.
+    rng: makes the stream of this (replica, step, layer, rank), the same for every policy. recorded: [T, k] int16 choices
+    of a replayed trace, or None. logits: [T, E] float32 router logits behind ``scores``, or None. token_ids: [T] int32
+    vocabulary indices, or None. token_frequency: [V] float64 how often each occurs, or None.
+
+    Tokens are those of one source rank and micro-batch, in their order.
     """
 
     scores: F32
@@ -31,22 +34,32 @@ class Candidates:
     kernels: Kernels
     rng: Callable[[], np.random.Generator]
     recorded: I16 | None = None
+    logits: F32 | None = None
+    token_ids: I32 | None = None
+    token_frequency: F64 | None = None
+
+    @property
+    def biased(self) -> F32:
+        """[T, E] float32, what selection ranks."""
+        ranked: F32 = self.scores * self.scale + self.shift
+        return ranked
 
 
-class Select(Plugin):
+class Select(Piece):
     """A selection rule."""
 
-    needs: ClassVar[Literal["logits", "ids"]] = "logits"
-    """What the traffic has to provide: router logits, or recorded choices."""
+    needs: ClassVar[Literal["logits", "ids", "token_ids"]] = "logits"
+    """What the traffic has to provide: router logits, recorded choices, or logits and a vocabulary."""
+    per_token: ClassVar[bool] = True
+    """Whether a token's experts depend on that token alone; if not, rules see one rank's micro-batch at a time."""
+    causal: ClassVar[bool] = True
+    """Whether no token's experts depend on later tokens; a decoder cannot use rules that do."""
+    varies: ClassVar[bool] = False
+    """Whether tokens may get more or fewer than k experts; unused places hold -1."""
 
     @abstractmethod
     def select(self, candidates: Candidates) -> I16:
-        """Return expert ids, [T, k] int16, best first, distinct per token; equal scores go to the lower expert."""
+        """Return expert ids, [T, k] int16, best first, distinct per token; equal scores go to the lower expert.
 
-    def for_model(self, model: Model) -> Self:
-        """Return a copy whose unset fields hold the model's own values."""
-        return self
-
-    def problems(self, model: Model) -> list[tuple[str, str]]:
-        """Return ``(field, rule)`` for each setting (of `for_model`'s copy) that ``model`` cannot serve."""
-        return []
+        Rules that vary return [T, any width] with -1 after a token's experts.
+        """

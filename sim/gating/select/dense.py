@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -20,6 +20,7 @@ class Dense(Select):
     """
 
     kind: Literal["dense"] = "dense"
+    varies: ClassVar[bool] = True
 
     def select(self, candidates: Candidates) -> I16:
         n_tokens, n_experts = candidates.scores.shape

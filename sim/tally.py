@@ -1,0 +1,224 @@
+"""What one policy does in one layer: its gate, and everything that is counted while tokens pass through it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from sim.conservation import ConservationError, check_exchange
+from sim.exchange import Exchange, dispatch_layout
+from sim.gating import Choices, Gate, Router
+from sim.gating.balance import Sample, Seen
+from sim.kernels.choose import Kernels
+from sim.metrics.balance import max_vio
+from sim.placement import expert_to_rank
+from sim.rng import stream
+from sim.scenario import Scenario
+from sim.tokens import F64, I16, I32, I64, Tokens
+
+SAMPLE_TOKENS = 16_384
+"""Tokens per step and layer that rules with losses look at, over all ranks: enough for the mean of a gradient."""
+
+
+@dataclass
+class Counts:
+    """What one policy did in one layer over all steps (S steps, E experts).
+
+    expert_tokens: [S, E] int64 kept pairs of token and expert. asked: [S] int64 pairs before capacity. kept_affinity:
+    [S] natural affinity of the kept choices over that of the unrestricted top-k. By measured step: exchanges (one
+    `Exchange` per micro-batch), topic_tokens ([topics, E] int64 kept), topic_asked ([topics] int64), scopes (mean MaxVio
+    over the groups of a scope). state: final balancing state. offset_rms: of the logit offsets that balancing learned.
+    """
+
+    policy: int
+    layer: int
+    expert_rank: I32
+    expert_tokens: I64
+    asked: I64
+    kept_affinity: F64
+    exchanges: dict[int, list[Exchange]] = field(default_factory=dict)
+    topic_tokens: dict[int, I64] = field(default_factory=dict)
+    topic_asked: dict[int, I64] = field(default_factory=dict)
+    scopes: dict[int, dict[str, float]] = field(default_factory=dict)
+    state: list[F64] = field(default_factory=list)
+    offset_rms: float = 0.0
+
+
+class Tally:
+    """One policy's gate in one layer, with its counters."""
+
+    def __init__(self, scenario: Scenario, index: int, replica: int, layer: int, kernels: Kernels) -> None:
+        self.policy = scenario.policies[index]
+        model = scenario.model_of(self.policy)
+        traffic = scenario.traffic
+        self.gate = Gate(
+            self.policy,
+            model,
+            kernels,
+            modalities=traffic.modalities,
+            token_frequency=traffic.token_frequency if self.policy.select.needs == "token_ids" else None,
+            dynamics=scenario.router_dynamics,
+        )
+        self.experts, self.ranks = model.n_routed_experts, scenario.parallel.ep_size
+        slots = self.policy.placement.place(
+            self.experts, self.ranks, stream(scenario.seed, "placement", replica, layer)
+        )
+        self.result = Counts(
+            index,
+            layer,
+            expert_to_rank(slots, self.experts, self.ranks),
+            np.zeros((scenario.steps.count, self.experts), dtype=np.int64),
+            np.zeros(scenario.steps.count, dtype=np.int64),
+            np.zeros(scenario.steps.count),
+        )
+        self.learns = self.policy.learns or bool(scenario.router_dynamics)
+        self.micro_batches = scenario.schedule.micro_batches
+        self.ranks_per_node = scenario.cluster.topology.domain(scenario.cluster)
+        self.n_topics = len(traffic.topics)
+
+    def reset(self, n_ranks: int, measure: bool) -> None:
+        """Forget the last step."""
+        parts, experts = self.micro_batches, self.experts
+        self.n_ranks, self.measure = n_ranks, measure
+        self.kept: I64 = np.zeros((parts, n_ranks, experts), dtype=np.int64)
+        self.asked: I64 = np.zeros((parts, n_ranks, experts), dtype=np.int64)
+        self.best_affinity = self.kept_affinity = 0.0
+        self.samples: list[Sample] = []
+        self.topic_asked: I64 = np.zeros((self.n_topics, experts), dtype=np.int64)
+        if measure:
+            nodes = -(-n_ranks // self.ranks_per_node)
+            self.rank_tokens: I64 = np.zeros((parts, n_ranks, n_ranks), dtype=np.int64)
+            self.node_tokens: I64 = np.zeros((parts, n_ranks, nodes), dtype=np.int64)
+            self.copies: I64 = np.zeros((parts, n_ranks, 2), dtype=np.int64)
+            self.pairs: I64 = np.zeros((parts, n_ranks), dtype=np.int64)
+            self.topic_kept: I64 = np.zeros((self.n_topics, experts), dtype=np.int64)
+            self.sequence_vio: list[F64] = []
+
+    def take(self, tokens: Tokens, parts: list[Choices], router: Router | None) -> None:
+        """Count one rank's choices, given whole or by micro-batch."""
+        if len(parts) < self.micro_batches:
+            parts = _split(parts[0], self.micro_batches)
+        size = tokens.n_tokens // self.micro_batches
+        for part, choices in enumerate(parts):
+            rows = slice(part * size, (part + 1) * size)
+            self._take_part(part, tokens, rows, choices)
+            if router is not None and self.gate.samples:
+                self._sample(part, tokens, rows, choices, router)
+
+    def _take_part(self, part: int, tokens: Tokens, rows: slice, choices: Choices) -> None:
+        rank, kernels, experts = tokens.rank, self.gate.kernels, self.experts
+        kept = choices.kept
+        if self.measure:
+            layout = dispatch_layout(kept, self.result.expert_rank, self.n_ranks, self.ranks_per_node, experts, kernels)
+            self.rank_tokens[part, rank] = layout.num_tokens_per_rank
+            self.node_tokens[part, rank] = layout.num_tokens_per_rdma_rank
+            self.kept[part, rank] = layout.num_tokens_per_expert
+            self.copies[part, rank] = layout.copies
+            self.pairs[part, rank] = np.count_nonzero(kept >= 0)
+            if self.n_topics > 1:
+                self.topic_kept += _by_group(tokens.topic[rows], kept, self.n_topics, experts)
+            if tokens.sequence is not None:
+                sequence = tokens.sequence[rows] - tokens.sequence[rows.start]
+                self.sequence_vio.append(max_vio(_by_group(sequence, kept, int(sequence[-1]) + 1, experts)))
+        else:
+            self.kept[part, rank] = kernels.expert_tokens(kept, experts)
+        if choices.asked is kept:
+            self.asked[part, rank] = self.kept[part, rank]
+        else:
+            self.asked[part, rank] = kernels.expert_tokens(choices.asked, experts)
+        if not self.gate.select.varies and int(self.asked[part, rank].sum()) != len(kept) * self.gate.k:
+            raise ConservationError(
+                f"C1 each token asks for k experts: {self.asked[part, rank].sum()} != {len(kept)} x {self.gate.k}"
+            )
+        if self.n_topics > 1 and (self.measure or self.learns):
+            self.topic_asked += _by_group(tokens.topic[rows], choices.asked, self.n_topics, experts)
+
+    def _sample(self, part: int, tokens: Tokens, rows: slice, choices: Choices, router: Router) -> None:
+        n = len(choices.asked)
+        wanted = max(1, SAMPLE_TOKENS // (self.n_ranks * self.micro_batches))
+        stride = -(-n // wanted)
+        # An odd stride does not lock on to sequences whose lengths are powers of two.
+        chosen = np.arange(0, n, stride + (stride % 2 == 0))
+        at = rows.start + chosen
+        sequence = np.zeros(n, np.int32) if tokens.sequence is None else tokens.sequence[rows]
+        self.samples.append(
+            Sample(
+                part,
+                tokens.rank,
+                router.logits[at],
+                router.scores[at],
+                choices.asked[chosen],
+                tokens.topic[at],
+                sequence[chosen],
+                self.gate.score,
+            )
+        )
+
+    def judge(self, kept: float, best: float) -> None:
+        """Add natural affinity: of the kept choices, and of the unrestricted top-k."""
+        # A gate may keep more than k experts (dense); its surplus counts as fully kept, not as more than all.
+        self.kept_affinity += min(kept, best)
+        self.best_affinity += best
+
+    def learn(self, step: int, gain: float = 1.0, *, warming_up: bool = False) -> None:
+        """Let the gate's rules learn from what was counted since `reset`."""
+        topics = self.topic_asked if self.n_topics > 1 else None
+        self.gate.update(Seen(self.asked, topics, tuple(self.samples)), step, gain, warming_up=warming_up)
+
+    def record(self, step: int, tokens_per_rank: int) -> None:
+        """Write the step into the result, after checking that nothing was lost."""
+        result = self.result
+        result.expert_tokens[step] = self.kept.sum(axis=(0, 1))
+        result.asked[step] = self.asked.sum()
+        result.kept_affinity[step] = self.kept_affinity / self.best_affinity if self.best_affinity > 0 else 1.0
+        if not self.measure:
+            return
+        result.exchanges[step] = self._exchanges(tokens_per_rank)
+        result.scopes[step] = {
+            "micro_batch": float(max_vio(self.kept).mean()),
+            "ep_group": float(max_vio(self.kept.sum(axis=1)).mean()),
+        }
+        if self.sequence_vio:
+            result.scopes[step]["sequence"] = float(np.concatenate(self.sequence_vio).mean())
+        if self.n_topics > 1:
+            result.topic_tokens[step], result.topic_asked[step] = self.topic_kept, self.topic_asked.sum(axis=1)
+
+    def _exchanges(self, tokens_per_rank: int) -> list[Exchange]:
+        found = []
+        size = tokens_per_rank // self.micro_batches
+        rows = self.gate.capacity.padded_tokens(size, self.gate.k, self.experts)
+        for part in range(self.micro_batches):
+            exchange = Exchange(
+                self.rank_tokens[part],
+                self.node_tokens[part],
+                self.kept[part],
+                self.result.expert_rank,
+                self.copies[part],
+                None if rows is None else np.full((self.n_ranks, self.experts), rows, dtype=np.int64),
+            )
+            check_exchange(exchange, size, self.pairs[part])
+            found.append(exchange)
+        return found
+
+    def finish(self) -> Counts:
+        """Return the result with the gate's final state."""
+        gate, result = self.gate, self.result
+        result.state = gate.states
+        if gate.offset is not None:
+            learned = gate.offset if gate.natural_offset is None else gate.offset - gate.natural_offset
+            result.offset_rms = float(np.sqrt(np.mean(np.square(learned, dtype=np.float64))))
+        return result
+
+
+def _split(whole: Choices, parts: int) -> list[Choices]:
+    asked = np.split(whole.asked, parts)
+    kept = asked if whole.kept is whole.asked else np.split(whole.kept, parts)
+    return [Choices(a, b) for a, b in zip(asked, kept, strict=True)]
+
+
+def _by_group(group: I32, topk_ids: I16, n_groups: int, n_experts: int) -> I64:
+    """Count (token, expert) pairs per group of tokens, [n_groups, E] int64; ids of -1 count nowhere."""
+    cell = group.astype(np.int64)[:, None] * (n_experts + 1) + topk_ids + 1
+    counts = np.bincount(cell.ravel(), minlength=n_groups * (n_experts + 1))
+    return counts.reshape(n_groups, n_experts + 1)[:, 1:]
