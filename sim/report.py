@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+from sim.metrics.dynamics import MIN_STEPS
 from sim.results import METRICS, Metric, Result
 from sim.scenario import Scenario
 
@@ -14,10 +15,17 @@ _BALANCE = (
     "max_vio_batch", "max_vio_batch_floor", "max_vio_global", "max_vio_global_floor", "device_max_over_mean",
     "least_share", "kept_affinity", "nodes_per_token", "devices_per_token", "inter_node_bytes",
 )  # fmt: skip
+_EXPERTS = (
+    "max_vio_sequence", "max_vio_sequence_floor", "topic_max_vio", "specialisation_bits", "kept_against_oracle",
+    "starved_10pct", "update_cv", "experts_per_token", "dropped_share", "dropped_worst_topic", "offset_rms",
+)  # fmt: skip
+_CONTROL = ("max_vio_late", "settling_step", "ripple", "churn")
 _TIME = (
     "step_time_s", "attention_s", "experts_s", "other_compute_s", "exposed_communication_s", "waiting_s",
     "tokens_per_s_per_gpu",
 )  # fmt: skip
+# Columns that say nothing where every policy has this value.
+_DULL = {"dropped_share": 0.0, "dropped_worst_topic": 0.0, "offset_rms": 0.0}
 
 
 def number(value: float, metric: Metric) -> str:
@@ -59,6 +67,8 @@ def _table(result: Result, names: Sequence[str]) -> list[str]:
     rows: dict[str, list[Any]] = result.summary_rows
     for policy, metric, mean, half, diff, diff_half, _ in zip(*rows.values(), strict=True):
         values[policy, metric] = (mean, half, diff, diff_half)
+    policies = [p.name for p in result.scenario.policies]
+    names = [name for name in names if any(_says(name, values[policy, name][0], result) for policy in policies)]
     lines = []
     first = result.scenario.policies[0].name
     for policy in (p.name for p in result.scenario.policies):
@@ -81,6 +91,12 @@ def _table(result: Result, names: Sequence[str]) -> list[str]:
     if "step_time_s" in names:
         head.append("step time against first")
     return grid(head, lines)
+
+
+def _says(name: str, value: float, result: Result) -> bool:
+    if name == "experts_per_token":  # of interest where policies differ from the model's number
+        return any(policy.select.varies for policy in result.scenario.policies)
+    return not math.isnan(value) and value != _DULL.get(name)
 
 
 def describe(scenario: Scenario) -> list[str]:
@@ -108,7 +124,9 @@ def describe(scenario: Scenario) -> list[str]:
 
 def terminal(result: Result) -> str:
     """Return the whole text."""
-    parts = [*describe(result.scenario), "", *_table(result, _BALANCE)]
+    parts = [*describe(result.scenario), "", *_table(result, _BALANCE), "", *_table(result, _EXPERTS)]
+    if result.scenario.steps.count >= MIN_STEPS:
+        parts += ["", *_table(result, _CONTROL)]
     if len(result.scenario.timed_steps()):
         parts += ["", *_table(result, _TIME)]
     notes = [

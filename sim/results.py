@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sim.metrics.balance import least_share, max_vio, uniform_max_vio
 from sim.scenario import Scenario
 
 if TYPE_CHECKING:
@@ -38,6 +37,25 @@ METRICS = (
     Metric("inter_node_bytes", "inter-node GB", 4, 1e-9),
     Metric("kept_affinity", "kept affinity", 4),
     Metric("least_share", "least-updated expert", 3),
+    Metric("max_vio_sequence", "MaxVio sequence", 3),
+    Metric("max_vio_sequence_floor", "(floor)", 3),
+    Metric("max_vio_micro_batch", "MaxVio micro-batch", 3),
+    Metric("max_vio_micro_batch_floor", "(floor)", 3),
+    Metric("max_vio_ep_group", "MaxVio EP group", 3),
+    Metric("topic_max_vio", "MaxVio within topic", 3),
+    Metric("specialisation_bits", "topic-expert bits", 3),
+    Metric("kept_against_oracle", "kept against oracle", 4),
+    Metric("starved_1pct", "experts below 1 %", 3),
+    Metric("starved_10pct", "experts below 10 %", 3),
+    Metric("update_cv", "update CV", 3),
+    Metric("experts_per_token", "experts /token", 3),
+    Metric("dropped_share", "dropped %", 3, 100.0),
+    Metric("dropped_worst_topic", "dropped, worst topic %", 3, 100.0),
+    Metric("offset_rms", "learned offset", 3),
+    Metric("max_vio_late", "MaxVio last quarter", 3),
+    Metric("settling_step", "settled at step", 0),
+    Metric("ripple", "ripple of MaxVio", 3),
+    Metric("churn", "churn", 3),
     Metric("step_time_s", "step ms", 5, 1e3),
     Metric("attention_s", "attention ms", 4, 1e3),
     Metric("experts_s", "experts ms", 4, 1e3),
@@ -76,6 +94,16 @@ class Result:
         return self._frame(self.tables["layers"])
 
     @property
+    def totals(self) -> pd.DataFrame:
+        """One row per policy, replica and MoE layer: what holds over all steps."""
+        return self._frame(self.tables["totals"])
+
+    @property
+    def topics(self) -> pd.DataFrame:
+        """One row per policy, replica, measured step, MoE layer and topic; empty if the traffic has one topic."""
+        return self._frame(self.tables["topics"])
+
+    @property
     def devices(self) -> pd.DataFrame:
         """One row per policy, replica, timed step and device: tokens received, and where the time went."""
         return self._frame(self.tables["devices"])
@@ -91,43 +119,21 @@ class Result:
         return self._frame(self.summary_rows)
 
 
-def _columns(table: Table, policy: str, replica: int, names: tuple[str, ...]) -> list[Any]:
-    rows = [
-        i
-        for i, (p, r) in enumerate(zip(table.get("policy", []), table.get("replica", []), strict=True))
-        if p == policy and r == replica
-    ]
-    return [
-        np.array([np.nan if table[name][i] is None else table[name][i] for i in rows], dtype=np.float64)
-        if name in table
-        else np.full(len(rows), np.nan)
-        for name in names
-    ]
+def _rows_of(table: Table) -> dict[tuple[str, int], list[int]]:
+    """Row numbers by (policy, replica)."""
+    rows: dict[tuple[str, int], list[int]] = {}
+    for i, key in enumerate(zip(table.get("policy", []), table.get("replica", []), strict=True)):
+        rows.setdefault(key, []).append(i)
+    return rows
 
 
-def _nanmean(values: Any) -> float:
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else math.nan
+def _mean(table: Table, rows: list[int], name: str) -> float:
+    """Mean over ``rows`` of the values that are there; NaN if there are none."""
+    known = [v for i in rows if (v := table[name][i]) is not None and not math.isnan(v)] if name in table else []
+    return math.fsum(known) / len(known) if known else math.nan
 
 
-def _of_replica(tables: dict[str, Table], scenario: Scenario, index: int, replica: int) -> dict[str, float]:
-    """Return every metric of one policy in one replica: means over steps; global loads summed over steps."""
-    policy = scenario.policies[index]
-    names = tuple(m.name for m in METRICS if not m.name.startswith(("max_vio", "least")))
-    row = dict(zip(names, (_nanmean(c) for c in _columns(tables["steps"], policy.name, replica, names)), strict=True))
-    batch, floor = _columns(tables["steps"], policy.name, replica, ("max_vio", "max_vio_floor"))
-    row |= {"max_vio_batch": _nanmean(batch), "max_vio_batch_floor": _nanmean(floor)}
-    (tokens,) = _columns(tables["experts"], policy.name, replica, ("tokens",))
-    model = scenario.model_of(policy)
-    row |= dict.fromkeys(("max_vio_global", "max_vio_global_floor", "least_share"), math.nan)
-    if len(tokens):
-        loads = tokens.reshape(-1, model.n_routed_experts)
-        n_tokens = scenario.parallel.ep_size * scenario.tokens_per_rank * scenario.steps.count
-        k = round(float(loads[0].sum()) / n_tokens)
-        row["max_vio_global"] = float(max_vio(loads).mean())
-        row["max_vio_global_floor"] = uniform_max_vio(n_tokens, model.n_routed_experts, k)
-        row["least_share"] = float(least_share(loads).mean())
-    return row
+_IN_STEPS = {"max_vio_batch": "max_vio", "max_vio_batch_floor": "max_vio_floor"}
 
 
 def half_width(values: Any) -> float:
@@ -143,10 +149,22 @@ def half_width(values: Any) -> float:
 
 
 def summarise(tables: dict[str, Table], scenario: Scenario) -> Table:
-    """Return the summary columns: policy, metric, mean, half_width, difference, difference_half_width, replicas."""
+    """Return the summary columns: policy, metric, mean, half_width, difference, difference_half_width, replicas.
+
+    What holds over a run (the totals table) is averaged over layers, everything else over steps.
+    """
+    steps, totals = tables["steps"], tables.get("totals", {})
+    in_steps, in_totals = _rows_of(steps), _rows_of(totals)
+
+    def mean_of(policy: str, replica: int, name: str) -> float:
+        key = (policy, replica)
+        if name in totals:
+            return _mean(totals, in_totals.get(key, []), name)
+        return _mean(steps, in_steps.get(key, []), _IN_STEPS.get(name, name))
+
     runs = [
-        [_of_replica(tables, scenario, index, replica) for replica in range(scenario.replicas)]
-        for index in range(len(scenario.policies))
+        [{m.name: mean_of(policy.name, replica, m.name) for m in METRICS} for replica in range(scenario.replicas)]
+        for policy in scenario.policies
     ]
     out: Table = {
         name: []

@@ -6,12 +6,13 @@ layers run anywhere, in any order, with the same result. No seconds here; those 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 
+from sim.drawn import tally as tally_of
 from sim.gating import Choices, Gate, Router
 from sim.gating.score import Score
 from sim.kernels.choose import choose
@@ -53,55 +54,68 @@ def token_layers(scenario: Scenario) -> int:
 
 def token_layers_of(scenario: Scenario, policy: Policy) -> int:
     """The part of `token_layers` that one policy routes."""
-    warmup = scenario.steps.warmup
-    tokens = scenario.steps.count * scenario.parallel.ep_size * scenario.tokens_per_rank
+    steps, warmup = scenario.steps, scenario.steps.warmup
+    learns = policy.learns or bool(scenario.router_dynamics)
+    rank_steps = steps.count * scenario.parallel.ep_size
+    if steps.resolution == "count":
+        rank_steps = steps.pilot_ranks * (1 if scenario.traffic.stationary and not learns else steps.count)
+    tokens = rank_steps * scenario.tokens_per_rank
     if policy.learns:
         tokens += warmup.steps * warmup.ranks * warmup.tokens_per_rank
     return tokens * scenario.model_of(policy).n_moe_layers * scenario.replicas
+
+
+Layers = Mapping[int, list[Tally]]
+
+
+def _each(layers: Layers) -> Iterator[Tally]:
+    return (tally for tallies in layers.values() for tally in tallies)
+
+
+def _those(layers: Layers, which: Callable[[Tally], bool]) -> Layers:
+    chosen = {layer: [tally for tally in tallies if which(tally)] for layer, tallies in layers.items()}
+    return {layer: tallies for layer, tallies in chosen.items() if tallies}
 
 
 def run(task: Task) -> list[Counts]:
     """Roll the task's layers through warm-up and all steps; one `Counts` per (policy, layer), in that order."""
     scenario = task.scenario
     kernels = choose(token_layers(scenario))
-    source = scenario.traffic.start(
-        shape_of(scenario, scenario.policies[task.policies[0]]), scenario.seed, task.replica
-    )
+    shape = shape_of(scenario, scenario.policies[task.policies[0]])
+    source = scenario.traffic.start(shape, scenario.seed, task.replica)
     layers = {
-        layer: [Tally(scenario, index, task.replica, layer, kernels) for index in task.policies]
+        layer: [tally_of(scenario, index, task.replica, layer, kernels) for index in task.policies]
         for layer in task.layers
     }
-    learners = {layer: [tally for tally in tallies if tally.policy.learns] for layer, tallies in layers.items()}
-    warmup = scenario.steps.warmup
-    if any(learners.values()):
-        for step in range(warmup.steps):
-            tokens = warmup.tokens_per_rank - warmup.tokens_per_rank % scenario.schedule.micro_batches
-            batch = source.batch("warmup", step, n_ranks=warmup.ranks, tokens_per_rank=tokens)
-            _route(task, batch, learners, warmup.ranks, "warmup", step, measure=False)
-            gain = warmup.gain ** (1.0 - step / max(1, warmup.steps - 1))
-            for tallies in learners.values():
-                for tally in tallies:
-                    tally.learn(0, gain, warming_up=True)
+    steps, ranks = scenario.steps, scenario.parallel.ep_size
+    learners = _those(layers, lambda tally: tally.policy.learns)
+    for step in range(steps.warmup.steps if learners else 0):
+        warmup = steps.warmup
+        tokens = warmup.tokens_per_rank - warmup.tokens_per_rank % scenario.schedule.micro_batches
+        batch = source.batch("warmup", step, n_ranks=warmup.ranks, tokens_per_rank=tokens)
+        for tally in _each(learners):
+            tally.reset(warmup.ranks, measure=False, warming_up=True)
+        _route(task, batch, learners, warmup.ranks, "warmup", step)
+        gain = warmup.gain ** (1.0 - step / max(1, warmup.steps - 1))
+        for tally in _each(learners):
+            tally.learn(0, gain, warming_up=True)
     measured = set(measured_steps(scenario))
-    for step in range(scenario.steps.count):
-        ranks, tokens = scenario.parallel.ep_size, scenario.tokens_per_rank
-        batch = source.batch("train", step, n_ranks=ranks, tokens_per_rank=tokens)
-        _route(task, batch, layers, ranks, "train", step, measure=step in measured)
-        for tallies in layers.values():
-            for tally in tallies:
-                tally.record(step, tokens)
-                if tally.learns:
-                    tally.learn(step)
+    routed = steps.pilot_ranks if steps.resolution == "count" else ranks
+    for step in range(steps.count):
+        for tally in _each(layers):
+            tally.reset(ranks, measure=step in measured)
+        batch = source.batch("train", step, n_ranks=ranks, tokens_per_rank=scenario.tokens_per_rank)
+        _route(task, batch, _those(layers, lambda tally: tally.wants_tokens), routed, "train", step)
+        for tally in _each(layers):
+            tally.record(step, scenario.tokens_per_rank)
+            if tally.learns:
+                tally.learn(step)
     return [layers[layer][i].finish() for i in range(len(task.policies)) for layer in task.layers]
 
 
-def _route(
-    task: Task, batch: Batch, layers: dict[int, list[Tally]], n_ranks: int, phase: str, step: int, measure: bool
-) -> None:
-    """Send one batch through the gates. Ranks outside, layers inside: a rank's latents serve all its layers."""
-    for tallies in layers.values():
-        for tally in tallies:
-            tally.reset(n_ranks, measure)
+def _route(task: Task, batch: Batch, layers: Layers, n_ranks: int, phase: str, step: int) -> None:
+    """Send the first ``n_ranks`` ranks of a batch through the gates. A rank's latents serve all its layers, so ranks are
+    outside and layers inside."""
     training = task.scenario.schedule.phase == "training"
     for rank in range(n_ranks):
         for layer, tallies in layers.items():

@@ -66,6 +66,13 @@ class Steps(_Block):
     timed: Literal["last", "all", "none"] = "last"
     """Steps whose time is simulated."""
     warmup: Warmup = Warmup()
+    resolution: Literal["token", "count"] = "token"
+    """``token``: every token is routed. ``count``: ``pilot_ranks`` are, the counts of the other ranks are drawn from their
+    mean and covariance; a gate that stands still keeps its first pilot (see `sim.countlevel`)."""
+    pilot_ranks: int = Field(default=8, gt=0)
+    """Ranks of a count-level pilot."""
+    record_topic_experts: bool = False
+    """Whether the topics table lists the tokens of every expert (large: one number per topic and expert)."""
 
 
 class Schedule(_Block):
@@ -206,6 +213,11 @@ class Scenario(_Block):
             yield ("cluster", "inter_node"), f"{cluster.nodes} nodes need a link between them"
         if self.tokens_per_rank % self.schedule.micro_batches:
             yield ("schedule", "micro_batches"), f"must divide traffic.tokens_per_rank = {self.tokens_per_rank}"
+        if self.steps.resolution == "count" and self.steps.pilot_ranks >= self.parallel.ep_size:
+            yield (
+                ("steps", "pilot_ranks"),
+                f"must be < parallel.ep_size = {self.parallel.ep_size}: a pilot of every rank leaves nothing to draw",
+            )
         if self.schedule.overlap == "forward_backward" and self.schedule.phase == "forward":
             yield ("schedule", "overlap"), "forward_backward needs phase: training"
         if self.steps.warmup.steps and self.steps.warmup.ranks > self.parallel.ep_size:
@@ -292,6 +304,11 @@ class Scenario(_Block):
                 )
             if has == "ids" and policy.learns:
                 yield (*at, "balance"), "recorded choices cannot be balanced after the fact; only placements can differ"
+            if self.steps.resolution == "count":
+                if has == "ids" or not policy.select.per_token or policy.select.varies:
+                    yield (*at, "select"), f"select {policy.select.kind} cannot be drawn: set steps.resolution: token"
+                if policy.capacity.kind != "none":
+                    yield (*at, "capacity"), "what capacity drops cannot be drawn: set steps.resolution: token"
         elif policy.select.kind != "dense":
             yield (*at, "select"), "a model without routed experts takes select: dense"
         if parallel.ep_size <= devices:

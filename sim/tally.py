@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +12,7 @@ from sim.exchange import Exchange, dispatch_layout
 from sim.gating import Choices, Gate, Router
 from sim.gating.balance import Sample, Seen
 from sim.kernels.choose import Kernels
-from sim.metrics.balance import max_vio
+from sim.metrics.balance import max_vio, uniform_max_vio
 from sim.placement import expert_to_rank
 from sim.rng import stream
 from sim.scenario import Scenario
@@ -28,7 +29,8 @@ class Counts:
     expert_tokens: [S, E] int64 kept pairs of token and expert. asked: [S] int64 pairs before capacity. kept_affinity:
     [S] natural affinity of the kept choices over that of the unrestricted top-k. By measured step: exchanges (one
     `Exchange` per micro-batch), topic_tokens ([topics, E] int64 kept), topic_asked ([topics] int64), scopes (mean MaxVio
-    over the groups of a scope). state: final balancing state. offset_rms: of the logit offsets that balancing learned.
+    over the groups of a scope). oracle_kept_affinity: bound on what any perfectly balanced choice could keep, on a sample of
+    the last step. state: final balancing state. offset_rms: of the logit offsets that balancing learned.
     """
 
     policy: int
@@ -41,6 +43,7 @@ class Counts:
     topic_tokens: dict[int, I64] = field(default_factory=dict)
     topic_asked: dict[int, I64] = field(default_factory=dict)
     scopes: dict[int, dict[str, float]] = field(default_factory=dict)
+    oracle_kept_affinity: float = math.nan
     state: list[F64] = field(default_factory=list)
     offset_rms: float = 0.0
 
@@ -77,8 +80,13 @@ class Tally:
         self.ranks_per_node = scenario.cluster.topology.domain(scenario.cluster)
         self.n_topics = len(traffic.topics)
 
-    def reset(self, n_ranks: int, measure: bool) -> None:
-        """Forget the last step."""
+    @property
+    def wants_tokens(self) -> bool:
+        """Whether the next step's tokens have to pass through the gate."""
+        return True
+
+    def reset(self, n_ranks: int, *, measure: bool, warming_up: bool = False) -> None:
+        """Forget the last step; ``measure``: count the next one's exchange too."""
         parts, experts = self.micro_batches, self.experts
         self.n_ranks, self.measure = n_ranks, measure
         self.kept: I64 = np.zeros((parts, n_ranks, experts), dtype=np.int64)
@@ -93,7 +101,7 @@ class Tally:
             self.copies: I64 = np.zeros((parts, n_ranks, 2), dtype=np.int64)
             self.pairs: I64 = np.zeros((parts, n_ranks), dtype=np.int64)
             self.topic_kept: I64 = np.zeros((self.n_topics, experts), dtype=np.int64)
-            self.sequence_vio: list[F64] = []
+            self.per_sequence: list[tuple[int, F64]] = []
 
     def take(self, tokens: Tokens, parts: list[Choices], router: Router | None) -> None:
         """Count one rank's choices, given whole or by micro-batch."""
@@ -117,10 +125,10 @@ class Tally:
             self.copies[part, rank] = layout.copies
             self.pairs[part, rank] = np.count_nonzero(kept >= 0)
             if self.n_topics > 1:
-                self.topic_kept += _by_group(tokens.topic[rows], kept, self.n_topics, experts)
+                self.topic_kept += by_group(tokens.topic[rows], kept, self.n_topics, experts)
             if tokens.sequence is not None:
                 sequence = tokens.sequence[rows] - tokens.sequence[rows.start]
-                self.sequence_vio.append(max_vio(_by_group(sequence, kept, int(sequence[-1]) + 1, experts)))
+                self.per_sequence.append((len(kept), max_vio(by_group(sequence, kept, int(sequence[-1]) + 1, experts))))
         else:
             self.kept[part, rank] = kernels.expert_tokens(kept, experts)
         if choices.asked is kept:
@@ -132,7 +140,7 @@ class Tally:
                 f"C1 each token asks for k experts: {self.asked[part, rank].sum()} != {len(kept)} x {self.gate.k}"
             )
         if self.n_topics > 1 and (self.measure or self.learns):
-            self.topic_asked += _by_group(tokens.topic[rows], choices.asked, self.n_topics, experts)
+            self.topic_asked += by_group(tokens.topic[rows], choices.asked, self.n_topics, experts)
 
     def _sample(self, part: int, tokens: Tokens, rows: slice, choices: Choices, router: Router) -> None:
         n = len(choices.asked)
@@ -175,12 +183,20 @@ class Tally:
         if not self.measure:
             return
         result.exchanges[step] = self._exchanges(tokens_per_rank)
+        k = max(1, round(int(self.asked.sum()) / (tokens_per_rank * self.n_ranks)))
+        part = tokens_per_rank // self.micro_batches
         result.scopes[step] = {
-            "micro_batch": float(max_vio(self.kept).mean()),
-            "ep_group": float(max_vio(self.kept.sum(axis=1)).mean()),
+            "max_vio_micro_batch": float(max_vio(self.kept).mean()),
+            "max_vio_micro_batch_floor": uniform_max_vio(part, self.experts, k),
+            "max_vio_ep_group": float(max_vio(self.kept.sum(axis=1)).mean()),
         }
-        if self.sequence_vio:
-            result.scopes[step]["sequence"] = float(np.concatenate(self.sequence_vio).mean())
+        if self.per_sequence:
+            per_sequence = np.concatenate([vio for _, vio in self.per_sequence])
+            length = max(1, sum(n for n, _ in self.per_sequence) // len(per_sequence))
+            result.scopes[step] |= {
+                "max_vio_sequence": float(per_sequence.mean()),
+                "max_vio_sequence_floor": uniform_max_vio(length, self.experts, k),
+            }
         if self.n_topics > 1:
             result.topic_tokens[step], result.topic_asked[step] = self.topic_kept, self.topic_asked.sum(axis=1)
 
@@ -217,7 +233,7 @@ def _split(whole: Choices, parts: int) -> list[Choices]:
     return [Choices(a, b) for a, b in zip(asked, kept, strict=True)]
 
 
-def _by_group(group: I32, topk_ids: I16, n_groups: int, n_experts: int) -> I64:
+def by_group(group: I32, topk_ids: I16, n_groups: int, n_experts: int) -> I64:
     """Count (token, expert) pairs per group of tokens, [n_groups, E] int64; ids of -1 count nowhere."""
     cell = group.astype(np.int64)[:, None] * (n_experts + 1) + topk_ids + 1
     counts = np.bincount(cell.ravel(), minlength=n_groups * (n_experts + 1))

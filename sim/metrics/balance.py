@@ -35,6 +35,16 @@ def least_share(loads: npt.ArrayLike) -> F64:
     return np.where(mean > 0, load.min(axis=-1) / np.where(mean > 0, mean, 1.0), 0.0)
 
 
+def starved_share(loads: npt.ArrayLike, below: float) -> F64:
+    """Share of experts over the last axis whose load is less than ``below`` times the mean.
+
+    >>> starved_share([0, 1, 50, 149], 0.1).item()
+    0.5
+    """
+    load = np.asarray(loads, dtype=np.float64)
+    return np.asarray((load < below * load.mean(axis=-1, keepdims=True)).mean(axis=-1))
+
+
 def balancedness_sum(rank_loads: npt.ArrayLike) -> float:
     """vLLM's balancedness of [layers, ranks]: sum over layers of the mean / sum of the maximum."""
     load = np.asarray(rank_loads, dtype=np.float64)

@@ -1,0 +1,57 @@
+"""How a balancing controller behaves over steps: when it has settled, how much it ripples, which experts change places."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+_WINDOW = 10
+MIN_STEPS = 4 * _WINDOW
+"""Fewer steps say nothing about a controller."""
+
+
+def settling_step(max_vio: npt.ArrayLike) -> float:
+    """Return the first step from which the ten-step mean of ``max_vio`` [S] stays within 1.25 times its final level.
+
+    The final level is the mean of the last quarter. NaN for fewer than 40 steps, or if the series is still moving: if its
+    last two eighths differ by more than a quarter.
+
+    >>> settling_step([2.0] * 30 + [0.1] * 90)
+    30.0
+    """
+    series = np.asarray(max_vio, dtype=np.float64)
+    if len(series) < MIN_STEPS:
+        return math.nan
+    eighth = len(series) // 8
+    before, after = series[-2 * eighth : -eighth].mean(), series[-eighth:].mean()
+    if max(before, after) > 1.25 * min(before, after):
+        return math.nan
+    level = series[-(len(series) // 4) :].mean()
+    means = np.convolve(series, np.full(_WINDOW, 1.0 / _WINDOW), mode="valid")
+    outside = np.flatnonzero(means > 1.25 * level)
+    return float(outside[-1] + 1) if len(outside) else 0.0
+
+
+def ripple(max_vio: npt.ArrayLike) -> float:
+    """Return the standard deviation of ``max_vio`` [S] over its last quarter; NaN for fewer than 40 steps."""
+    series = np.asarray(max_vio, dtype=np.float64)
+    return float(series[-(len(series) // 4) :].std()) if len(series) >= MIN_STEPS else math.nan
+
+
+def churn(loads: npt.ArrayLike) -> float:
+    """Return the mean share of the hottest eighth of experts that were not so in the step before; NaN for one step.
+
+    loads: [S, E]. Equal loads rank by index. 1 - 1/8 = 0.875 would be chance.
+
+    >>> churn([[9, 1, 1, 1, 1, 1, 1, 1], [9, 1, 1, 1, 1, 1, 1, 1], [1, 9, 1, 1, 1, 1, 1, 1]])
+    0.5
+    """
+    load = np.asarray(loads)
+    n_hot = max(1, load.shape[1] // 8)
+    if len(load) < 2:
+        return math.nan
+    hot = np.zeros(load.shape, dtype=bool)
+    np.put_along_axis(hot, np.argsort(-load, axis=1, kind="stable")[:, :n_hot], True, axis=1)
+    return float(1.0 - (hot[1:] & hot[:-1]).sum(axis=1).mean() / n_hot)

@@ -1,0 +1,210 @@
+"""Tidy tables of a run, from what was counted and timed: one row per policy and replica, and per what the table says."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from sim.conservation import ConservationError
+from sim.exchange import Exchange, token_bytes
+from sim.metrics.balance import (
+    coefficient_of_variation,
+    least_share,
+    max_vio,
+    starved_share,
+    uniform_max_vio,
+)
+from sim.metrics.dynamics import churn, ripple, settling_step
+from sim.metrics.specialisation import mutual_information_bits, topic_max_vio
+from sim.rollout import measured_steps
+from sim.scenario import Scenario
+from sim.tally import Counts
+from sim.units import PS_PER_S
+
+Table = dict[str, list[Any]]
+Timing = Mapping[tuple[int, int, int], dict[str, Any]]  # (replica, policy, step) -> parts, makespan
+
+
+def tabulate(scenario: Scenario, counts: Mapping[tuple[int, int], list[Counts]], timing: Timing) -> dict[str, Table]:
+    """Return the tables by name.
+
+    steps: per step, means over MoE layers and the time of timed steps. layers: per step and MoE layer. totals: per MoE
+    layer, what holds over all steps. devices: per timed step and device. experts: per MoE layer and expert, tokens over
+    all steps. topics: per measured step, MoE layer and topic, if the traffic has several.
+    """
+    tables: dict[str, Table] = {name: {} for name in ("steps", "layers", "totals", "devices", "experts", "topics")}
+    measured = measured_steps(scenario)
+    for index, policy in enumerate(scenario.policies):
+        model, parallel = scenario.model_of(policy), scenario.parallel_of(policy)
+        for replica in range(scenario.replicas):
+            found = counts.get((replica, index), [])
+            per_layer = [_layer_rows(scenario, result) for result in found]
+            head: dict[str, Any] = {"policy": policy.name, "replica": replica}
+            for step in range(scenario.steps.count):
+                row = head | {"step": step}
+                rows = [{key: values[step] for key, values in layer.items()} for layer in per_layer]
+                for key in per_layer[0] if per_layer else ():
+                    row[key] = float(np.mean([r[key] for r in rows]))
+                clock = timing.get((replica, index, step))
+                exchanges = [r.exchanges[step] for r in found] if step in measured else []
+                row |= _exchange_row(scenario, index, exchanges) | _time_row(scenario, clock)
+                _append(tables["steps"], row)
+                for result, r in zip(found, rows, strict=True):
+                    _append(tables["layers"], head | {"step": step, "layer": model.moe_layers[result.layer]} | r)
+                if clock:
+                    received = _device_loads(found, step, parallel.ep_size)
+                    for device in range(parallel.ep_size):
+                        parts = {f"{key}_s": float(value[device]) / PS_PER_S for key, value in clock["parts"].items()}
+                        at = {"step": step, "device": device, "expert_tokens": int(received[device])}
+                        _append(tables["devices"], head | at | parts)
+            for result in found:
+                where = head | {"layer": model.moe_layers[result.layer]}
+                _append(tables["totals"], where | _total_row(scenario, result))
+                for expert, n in enumerate(result.expert_tokens.sum(axis=0).tolist()):
+                    rank = int(result.expert_rank[expert])
+                    _append(tables["experts"], where | {"expert": expert, "device": rank, "tokens": n})
+                for step, topic_tokens in result.topic_tokens.items():
+                    for row in _topic_rows(scenario, topic_tokens, result.topic_asked[step]):
+                        _append(tables["topics"], where | {"step": step} | row)
+    return tables
+
+
+_NO_EXCHANGE = {"nodes_per_token": math.nan, "devices_per_token": math.nan, "inter_node_bytes": math.nan}
+
+
+def _append(table: Table, row: Mapping[str, Any]) -> None:
+    length = max((len(column) for column in table.values()), default=0)
+    for key in row:
+        if key not in table:
+            table[key] = [None] * length
+    for key, column in table.items():
+        column.append(row.get(key))
+
+
+def _k(scenario: Scenario, result: Counts) -> int:
+    """Experts that a token asks for, on average and rounded."""
+    tokens = scenario.parallel.ep_size * scenario.tokens_per_rank * len(result.asked)
+    return max(1, round(int(result.asked.sum()) / tokens))
+
+
+def _layer_rows(scenario: Scenario, result: Counts) -> dict[str, Any]:
+    loads, steps = result.expert_tokens, len(result.expert_tokens)
+    tokens = scenario.parallel.ep_size * scenario.tokens_per_rank
+    order = np.argsort(result.expert_rank, kind="stable")
+    ranks = loads[:, order].reshape(steps, scenario.parallel.ep_size, -1).sum(axis=2)
+    rows: dict[str, Any] = {
+        "max_vio": max_vio(loads),
+        "max_vio_floor": np.full(steps, uniform_max_vio(tokens, loads.shape[1], _k(scenario, result))),
+        "load_cv": coefficient_of_variation(loads),
+        "least_share": least_share(loads),
+        "device_max_over_mean": max_vio(ranks) + 1.0,
+        "kept_affinity": result.kept_affinity,
+        "dropped_share": 1.0 - loads.sum(axis=1) / np.maximum(result.asked, 1),
+        "experts_per_token": result.asked / tokens,
+    }
+    scopes = sorted({name for scope in result.scopes.values() for name in scope})
+    for name in scopes:
+        rows[name] = np.full(steps, np.nan)
+        for step, scope in result.scopes.items():
+            rows[name][step] = scope[name]
+    return rows
+
+
+def _total_row(scenario: Scenario, result: Counts) -> dict[str, float]:
+    loads = result.expert_tokens
+    total, late = loads.sum(axis=0), loads[-max(1, len(loads) // 4) :].sum(axis=0)
+    tokens = scenario.parallel.ep_size * scenario.tokens_per_rank * len(loads)
+    series = max_vio(loads)
+    row = {
+        "max_vio_global": float(max_vio(total)),
+        "max_vio_global_floor": uniform_max_vio(tokens, loads.shape[1], _k(scenario, result)),
+        "max_vio_late": float(max_vio(late)),
+        "least_share": float(least_share(total)),
+        "starved_1pct": float(starved_share(total, 0.01)),
+        "starved_10pct": float(starved_share(total, 0.1)),
+        "update_cv": float(coefficient_of_variation(total)),
+        "churn": churn(loads),
+        "settling_step": settling_step(series),
+        "ripple": ripple(series),
+        "offset_rms": result.offset_rms,
+        "oracle_kept_affinity": result.oracle_kept_affinity,
+        "kept_against_oracle": float(result.kept_affinity.mean()) / result.oracle_kept_affinity,
+        "specialisation_bits": math.nan,
+        "topic_max_vio": math.nan,
+        "dropped_worst_topic": math.nan,
+    }
+    if result.topic_tokens:
+        by_topic = np.sum(list(result.topic_tokens.values()), axis=0)
+        asked = np.sum(list(result.topic_asked.values()), axis=0)
+        row["specialisation_bits"] = float(mutual_information_bits(by_topic))
+        row["topic_max_vio"] = float(topic_max_vio(by_topic))
+        row["dropped_worst_topic"] = float((1.0 - by_topic.sum(axis=1) / np.maximum(asked, 1))[asked > 0].max())
+    return row
+
+
+def _topic_rows(scenario: Scenario, topic_tokens: Any, asked: Any) -> list[dict[str, Any]]:
+    kept = topic_tokens.sum(axis=1)
+    return [
+        {
+            "topic": name,
+            "modality": modality,
+            "asked": int(asked[i]),
+            "dropped_share": float(1.0 - kept[i] / asked[i]) if asked[i] else math.nan,
+            "max_vio": float(max_vio(topic_tokens[i])),
+            "load_cv": float(coefficient_of_variation(topic_tokens[i])),
+            "starved_10pct": float(starved_share(topic_tokens[i], 0.1)),
+        }
+        | ({"expert_tokens": topic_tokens[i].tolist()} if scenario.steps.record_topic_experts else {})
+        for i, (name, modality) in enumerate(zip(scenario.traffic.topics, scenario.traffic.modalities, strict=True))
+    ]
+
+
+def _exchange_row(scenario: Scenario, index: int, layers: list[list[Exchange]]) -> dict[str, float]:
+    if not layers:
+        return _NO_EXCHANGE
+    policy = scenario.policies[index]
+    cost, domain = scenario.cost, scenario.cluster.topology.domain(scenario.cluster)
+    tokens = scenario.parallel.ep_size * scenario.tokens_per_rank * len(layers)
+    nodes = sum(int(e.node_tokens.sum()) for layer in layers for e in layer)
+    ranks = sum(int(e.rank_tokens.sum()) for layer in layers for e in layer)
+    copies = sum(e.inter_node_copies(domain, cost.mode) for layer in layers for e in layer)
+    hidden = scenario.model_of(policy).dispatch_hidden_size
+    per_copy = token_bytes(hidden, cost.dispatch_dtype) + token_bytes(hidden, cost.combine_dtype)
+    passes = 2 if scenario.schedule.phase == "training" else 1
+    return {
+        "nodes_per_token": nodes / tokens,
+        "devices_per_token": ranks / tokens,
+        "inter_node_bytes": float(copies * per_copy * passes),
+    }
+
+
+TIME_PARTS = ("attention_s", "experts_s", "other_compute_s", "exposed_communication_s", "waiting_s")
+
+
+def _time_row(scenario: Scenario, clock: dict[str, Any] | None) -> dict[str, float]:
+    if clock is None:
+        return dict.fromkeys(("step_time_s", *TIME_PARTS, "tokens_per_s_per_gpu"), np.nan)
+    mean = {key: float(value.mean()) / PS_PER_S for key, value in clock["parts"].items()}
+    experts = ("experts", "experts_wgrad")
+    known = {"attention", *experts, "exposed_communication", "waiting"}
+    row = {
+        "step_time_s": clock["makespan_ps"] / PS_PER_S,
+        "attention_s": mean.get("attention", 0.0),
+        "experts_s": sum(mean.get(part, 0.0) for part in experts),
+        "other_compute_s": sum(value for key, value in mean.items() if key not in known),
+        "exposed_communication_s": mean["exposed_communication"],
+        "waiting_s": mean["waiting"],
+    }
+    if abs(sum(row[part] for part in TIME_PARTS) - row["step_time_s"]) > 1e-9 * row["step_time_s"]:
+        raise ConservationError("C7 the reported parts do not sum to the step time")
+    return row | {"tokens_per_s_per_gpu": scenario.tokens_per_rank / row["step_time_s"]}
+
+
+def _device_loads(found: list[Counts], step: int, n_ranks: int) -> Any:
+    total = np.zeros(n_ranks, dtype=np.int64)
+    for result in found:
+        np.add.at(total, result.expert_rank, result.expert_tokens[step])
+    return total
