@@ -1,8 +1,8 @@
 """gatesim: routing and load balancing in Mixture-of-Experts models, simulated.
 
-    import sim
-    result = sim.run("scenarios/v3.yaml", overrides={"policies.2.select.topk_group": 2})
-    result.summary(), result.steps, result.layers, result.devices, result.experts
+import sim
+result = sim.run("scenarios/v3.yaml", overrides={"policies.2.select.topk_group": 2})
+result.summary(), result.steps, result.layers, result.devices, result.experts
 """
 
 from __future__ import annotations

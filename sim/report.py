@@ -116,7 +116,8 @@ def describe(scenario: Scenario) -> list[str]:
             else ""
         ),
         f"compute {scenario.cost.compute.kind}, communication {scenario.cost.communication.kind} ({scenario.cost.mode} "
-        f"kernels), engine {scenario.schedule.engine}, every token routed",
+        f"kernels), engine {scenario.schedule.engine}, "
+        + ("every token routed" if scenario.steps.resolution == "token" else "loads drawn at count level"),
         f"constants: {scenario.cost.compute.provenance(cluster.device)}",
     ]
     return [part for line in lines for part in textwrap.wrap(line, 120, subsequent_indent="  ")]
@@ -134,4 +135,23 @@ def terminal(result: Result) -> str:
         "(floor): MaxVio of a perfectly uniform random gate at this batch size. Means over MoE layers and steps",
     ]
     notes[-1] += ", ± 95 % over replicas." if result.scenario.replicas > 1 else "; one replica, so no intervals."
-    return "\n".join(parts + notes)
+    return "\n".join([*parts, *notes, *_remarks(result.scenario)])
+
+
+def _remarks(scenario: Scenario) -> list[str]:
+    """What the pieces of the gates, the assumed dynamics and the traffic want the reader to know, each thing once."""
+    remarks: dict[str, list[str]] = {}
+    for policy in scenario.policies:
+        model = scenario.model_of(policy)
+        if model.is_moe:
+            for _, piece in policy.pieces():
+                remarks.setdefault(piece.note(model), []).append(policy.name)
+    lines = [f"{', '.join(dict.fromkeys(names))}: {note}" for note, names in remarks.items() if note]
+    lines += [f"all policies: {rule.note(scenario.model)}" for rule in scenario.router_dynamics]
+    lines += [f"traffic: {caveat}" for caveat in scenario.traffic.caveats]
+    if scenario.steps.resolution == "count":
+        lines.append(
+            f"count level: of each step's {scenario.parallel.ep_size} ranks {scenario.steps.pilot_ranks} are routed token by "
+            "token, the loads of the others are drawn from their mean and covariance"
+        )
+    return [part for line in lines for part in textwrap.wrap(line, 120, subsequent_indent="  ")]

@@ -377,21 +377,19 @@ def _located(document: Document, found: Iterable[Rule]) -> list[Problem]:
 
 
 def _trace_path(document: Document, allow_outside: bool) -> Document:
-    """Resolve a trace named in a file against that file; it may not leave the file's folder."""
+    """Resolve a trace: named in a file against that file, whose folder it may not leave; by the user, against here."""
     traffic = document.data.get("traffic")
     if not isinstance(traffic, dict) or not isinstance(traffic.get("path"), str):
         return document
     mark = document.marks.get(("traffic", "path"))
-    if mark is None or mark.line == 0:  # the user's own word, relative to the current folder
-        return document
+    named_in_file = mark is not None and mark.line > 0
     try:
-        folder = os.path.realpath(os.path.dirname(mark.file))
+        folder = os.path.realpath(os.path.dirname(mark.file) if mark is not None and named_in_file else ".")
         target = os.path.realpath(os.path.join(folder, traffic["path"]))
         inside = os.path.commonpath([folder, target]) == folder
     except (OSError, ValueError):
         raise ScenarioError([document.problem(("traffic", "path"), "is not a usable file name")]) from None
-    if not allow_outside and not inside:
+    if named_in_file and not allow_outside and not inside:
         raise ScenarioError([document.problem(("traffic", "path"), "a trace named in a file must lie in its folder")])
-    shown = target if os.path.isabs(traffic["path"]) else os.path.relpath(target)
-    document.data["traffic"] = traffic | {"path": shown}
+    document.data["traffic"] = traffic | {"path": target}
     return document

@@ -32,8 +32,11 @@ def resolved_data(scenario: Scenario) -> dict[str, Any]:
 
 
 def run_id(scenario: Scenario) -> str:
-    """Return 12 hex digits of the SHA-256 of the resolved scenario."""
-    text = json.dumps(resolved_data(scenario), sort_keys=True)
+    """Return 12 hex digits of the SHA-256 of the resolved scenario; of a recorded trace the content counts, not the path."""
+    data = resolved_data(scenario)
+    if trace := scenario.traffic.fingerprint():
+        data["traffic"] = data["traffic"] | {"path": trace}
+    text = json.dumps(data, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -53,7 +56,8 @@ def write(result: Result, out: str | os.PathLike[str], wall_s: float | None = No
             "scenario": resolved_data(result.scenario),
             "seed": result.scenario.seed,
             "engine": result.scenario.schedule.engine,
-            "resolution": "token",
+            "resolution": result.scenario.steps.resolution,
+            "trace_sha256": result.scenario.traffic.fingerprint() or None,
             "events": result.n_events,
             "versions": _versions(),
             "sha256": {path.name: _sha256(path) for path in sorted(work.iterdir())},

@@ -21,11 +21,17 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from sim.kernels import affinity as kernel
+from sim.kernels import elementary
 from sim.plugin import members
-from sim.traffic import Traffic, TrafficShape, tracefile
+from sim.traces import checked
+from sim.traces import npzfile as tracefile
+from sim.traffic import Traffic, TrafficShape
 from sim.traffic.affinity import Affinity, AffinityBatch, AffinitySource, LayerProfile
+from sim.traffic.impute import Imputed, complete
+from sim.traffic.mixture import Drift, Mixture, Oscillation, Shift, shifted
 from sim.traffic.replay import Replay, read_trace
-from sim.traffic.topics import Shift, Topic, cumulative, leaves, mixture
+from sim.traffic.topics import Phase, Topic, cumulative, leaves
+from sim.traffic.vocabulary import Vocabulary
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = TrafficShape(n_moe_layers=4, n_routed_experts=32, num_experts_per_tok=4, ep_size=4)
@@ -295,7 +301,7 @@ def test_adding_a_topic_leaves_the_others_vectors_alone() -> None:
 def test_mixture_sums_to_one_at_every_step(weights: list[float], step: int) -> None:
     found = leaves(tuple(Topic(name=str(i), weight=w) for i, w in enumerate(weights)))
     shifts = (Shift(step=10, over_steps=50, weights={"0": 1}), Shift(step=120, weights={str(len(weights) - 1): 2}))
-    shares = mixture(found, shifts, step)
+    shares = shifted(found, shifts, step)
     assert min(shares) >= 0 and np.isclose(sum(shares), 1)
     sums = cumulative(shares)
     assert sums[-1] == 1 and all(b >= a for a, b in itertools.pairwise(sums))
@@ -492,6 +498,345 @@ def test_profile_interpolates_between_its_knots() -> None:
     assert profile.at(0, 1) == (1, 1, 2)
 
 
+# ---------------------------------------------------------------- elementary functions
+
+
+def test_elementary_functions_are_accurate() -> None:
+    x = np.linspace(-100, 100, 2001)
+    assert np.abs(elementary.exp(x) / np.exp(x) - 1).max() < 1e-12
+    y = np.logspace(-290, 290, 2001)
+    assert np.allclose(elementary.log(y), np.log(y), rtol=1e-14, atol=1e-15)
+    assert np.abs(elementary.power(y[900:1100], -0.7) / y[900:1100] ** -0.7 - 1).max() < 1e-12
+    assert max(abs(elementary.sine_of_turns(t) - np.sin(2 * np.pi * t)) for t in np.linspace(-3, 3, 601)) < 1e-13
+
+
+# ---------------------------------------------------------------- vocabulary
+
+
+def same_id_overlap(config: Affinity, layer: int) -> tuple[float, float]:
+    """Share of experts in common of two occurrences of one id (each id counts once), and of two random tokens."""
+    batch = config.start(TrafficShape(16, 64, 8, 1), 0, 0).batch("train", 0, n_ranks=1, tokens_per_rank=30_000)
+    tokens = batch.tokens(layer, 0)
+    chosen = selected(topk(tokens.logits, 8), 64)
+    order = np.argsort(tokens.token_ids, kind="stable")
+    ids = tokens.token_ids[order]
+    pairs = np.flatnonzero(ids[1:] == ids[:-1])
+    pairs = pairs[np.unique(ids[pairs], return_index=True)[1]]
+    other = np.random.Generator(np.random.Philox(3)).permutation(len(chosen))
+    return (
+        float((chosen[order[pairs]] * chosen[order[pairs + 1]]).sum(axis=1).mean() / 8),
+        float((chosen * chosen[other]).sum(axis=1).mean() / 8),
+    )
+
+
+def test_first_layers_route_by_identity_as_measured() -> None:
+    """OLMoE layer 0: .39-.47 for one id, .16 for a random pair (section 7); the middle layers of the profile do not."""
+    config = Affinity(sequence_length=512, vocabulary=Vocabulary())
+    same, random = same_id_overlap(config, 0)
+    assert 0.39 < same < 0.47 and random == pytest.approx(0.16, abs=0.04)
+    assert same_id_overlap(config, 7)[0] < 0.22
+    white, random = same_id_overlap(Affinity(sequence_length=512, vocabulary=Vocabulary(identity=0)), 0)
+    assert white == pytest.approx(random, abs=0.02)  # control: ids that the routers do not read
+
+
+def test_a_vocabulary_changes_the_token_part_only() -> None:
+    """Topics, sequences, noise and the other parts stay: with `identity` 0 so does every logit."""
+    plain, white = Affinity(tokens_per_rank=50), Affinity(tokens_per_rank=50, vocabulary=Vocabulary(identity=0))
+    wordy = Affinity(tokens_per_rank=50, vocabulary=Vocabulary())
+    assert ask(plain, 0, 1).token_ids is None
+    assert ask(white, 0, 1).logits.tobytes() == ask(plain, 0, 1).logits.tobytes()
+    assert ask(wordy, 0, 1).logits.tobytes() != ask(plain, 0, 1).logits.tobytes()
+    no_token_part = {"layer_profile": None, "token_variance": 0.0, "tokens_per_rank": 50}
+    with_words = ask(Affinity(vocabulary=Vocabulary(), **no_token_part), 0, 1)
+    assert with_words.logits.tobytes() == ask(Affinity(**no_token_part), 0, 1).logits.tobytes()
+
+
+def test_equal_ids_have_equal_token_parts_on_every_rank_and_step() -> None:
+    config = Affinity(
+        vocabulary=Vocabulary(size=5, identity=1), token_variance=1, iid_variance=0, layer_profile=None,
+        sequence_variance=0, slow_variance=0, fast_variance=0, tokens_per_rank=40,
+    )  # fmt: skip
+    rows: dict[int, bytes] = {}
+    for step, rank in ((0, 0), (0, 3), (7, 1)):
+        tokens = ask(config, 2, rank, step=step)
+        assert tokens.token_ids.dtype == np.int32
+        for word, row in zip(tokens.token_ids.tolist(), tokens.logits, strict=True):
+            assert rows.setdefault(word, row.tobytes()) == row.tobytes()
+    assert len(rows) == 5 == len(set(rows.values()))
+
+
+@settings(max_examples=20, deadline=None)
+@given(size=st.integers(1, 3000), zipf=st.floats(0, 2), offset=st.floats(0, 10))
+def test_frequency_is_zipfs_law(size: int, zipf: float, offset: float) -> None:
+    frequency = Vocabulary(size=size, zipf=zipf, offset=offset).frequency()
+    rank = np.arange(1, size + 1)
+    assert np.isclose(frequency.sum(), 1) and np.all(np.diff(frequency) <= 0)
+    assert np.allclose(frequency / frequency[0], ((rank + offset) / (1 + offset)) ** -zipf, rtol=1e-10)
+
+
+def test_ids_are_drawn_at_their_frequency() -> None:
+    config = Affinity(tokens_per_rank=40_000, vocabulary=Vocabulary(size=50, zipf=1.2))
+    ids = ask(config, 0, 0).token_ids
+    expected = config.token_frequency * 40_000
+    observed = np.bincount(ids, minlength=50)
+    assert ((observed - expected) ** 2 / expected).sum() < 49 + 5 * np.sqrt(2 * 49)
+    uniform = np.full(50, 800.0)  # control: another law is told apart
+    assert ((observed - uniform) ** 2 / uniform).sum() > 1000
+
+
+def test_traffic_without_words_has_no_frequency() -> None:
+    assert Affinity().token_frequency is None
+    assert Affinity(vocabulary=Vocabulary(size=7)).token_frequency.shape == (7,)
+
+
+# ---------------------------------------------------------------- sequences, phases, modalities, generated topics
+
+
+@settings(max_examples=20, deadline=None)
+@given(length=st.integers(1, 90), n_tokens=st.integers(1, 80))
+def test_sequences_are_numbered(length: int, n_tokens: int) -> None:
+    config = Affinity(topic_tree=TREE, sequence_length=length, tokens_per_rank=n_tokens)
+    tokens = ask(config, 1, 2)
+    assert tokens.sequence.dtype == np.int32
+    assert np.array_equal(tokens.sequence, np.arange(n_tokens) // length)
+    for number in np.unique(tokens.sequence):
+        assert len(np.unique(tokens.topic[tokens.sequence == number])) == 1
+
+
+def test_a_very_long_sequence_costs_no_more_than_its_tokens() -> None:
+    found = ask(Affinity(sequence_length=10**15, tokens_per_rank=20), 1, 0)
+    assert found.logits.tobytes() == ask(Affinity(sequence_length=20, tokens_per_rank=20), 1, 0).logits.tobytes()
+
+
+PHASES = (Phase(name="think", share=3, popularity_sd=0.4), Phase(name="answer", share=1, popularity_sd=0.4))
+REASONING = (
+    Topic(name="math", weight=2, phases=PHASES),
+    Topic(name="law", weight=1, phases=PHASES),
+    Topic(name="chat", weight=1),
+)
+
+
+def test_phases_follow_each_other_in_a_sequence() -> None:
+    config = Affinity(topic_tree=REASONING, sequence_length=40, tokens_per_rank=4000)
+    assert config.topics == ("math/think", "math/answer", "law/think", "law/answer", "chat")
+    topic = ask(config, 0, 0).topic.reshape(100, 40)
+    for row in topic:
+        assert set(row.tolist()) in ({0, 1}, {2, 3}, {4})
+        assert (np.diff(row) >= 0).all()
+        assert row[0] == 4 or abs((row == row[0]).sum() - 30) <= 1
+
+
+@pytest.mark.parametrize("length", [1, 3, 7, 64])
+def test_phases_have_their_shares_in_sequences_of_any_length(length: int) -> None:
+    config = Affinity(topic_tree=REASONING[:1], sequence_length=length, tokens_per_rank=6720)
+    share = float((ask(config, 0, 0).topic == 0).mean())
+    assert share == pytest.approx(0.75, abs=4.5 * np.sqrt(0.75 * 0.25 / 6720))
+
+
+def test_phases_leave_the_sequences_and_their_leaves_alone() -> None:
+    bare = tuple(Topic(name=topic.name, weight=topic.weight) for topic in REASONING)
+    with_phases = ask(Affinity(topic_tree=REASONING, sequence_length=8, tokens_per_rank=800), 0, 0).topic
+    without = ask(Affinity(topic_tree=bare, sequence_length=8, tokens_per_rank=800), 0, 0).topic
+    assert np.array_equal(np.array([0, 0, 1, 1, 2])[with_phases], without)
+
+
+def distance(first: np.ndarray, second: np.ndarray) -> float:
+    """Jensen-Shannon bits between two load vectors."""
+    p, q = first / first.sum(), second / second.sum()
+
+    def entropy(x: np.ndarray) -> float:
+        return float(-(x[x > 0] * np.log2(x[x > 0])).sum())
+
+    return entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2
+
+
+def test_thinking_is_far_from_answering_and_alike_in_all_topics() -> None:
+    """gpt-oss-20b on MMLU (E=32, k=4): .21 bits between think and answer, .11 and .05 between subjects in one phase."""
+    phases = (Phase(name="think"), Phase(name="answer"))
+    tree = tuple(Topic(name=name, popularity_sd=0.25, phases=phases) for name in ("math", "law"))
+    config = Affinity(topic_tree=tree, sequence_length=100)
+    found = []
+    for seed in range(3):
+        batch = config.start(TrafficShape(12, 32, 4, 1), seed, 0).batch("train", 0, n_ranks=1, tokens_per_rank=5000)
+        for layer in range(12):
+            tokens = batch.tokens(layer, 0)
+            ids = topk(tokens.logits, 4)
+            loads = [np.bincount(ids[tokens.topic == i].ravel(), minlength=32) for i in range(4)]
+            found.append((distance(loads[0], loads[1]), distance(loads[0], loads[2]), distance(loads[1], loads[3])))
+    phase, thinking, answering = np.mean(found, axis=0)
+    assert phase == pytest.approx(0.21, abs=0.05)
+    assert max(thinking, answering) < 0.12 < phase
+
+
+def test_modalities_are_inherited() -> None:
+    tree = (
+        Topic(name="a"),
+        Topic(
+            name="pictures",
+            modality="image",
+            children=(Topic(name="b", phases=PHASES), Topic(name="c", modality="audio"), Topic(name="d", count=2)),
+        ),
+    )
+    config = Affinity(topic_tree=tree)
+    assert config.topics == ("a", "b/think", "b/answer", "c", "d-001", "d-002")
+    assert config.modalities == ("text", "image", "image", "audio", "image", "image")
+    assert Affinity.model_validate(config.model_dump(mode="json")).modalities == config.modalities
+
+
+def test_a_count_stands_for_topics_of_zipf_sizes() -> None:
+    tree = (Topic(name="english", weight=3), Topic(name="language", weight=1, count=101, popularity_sd=0.2))
+    config = Affinity(topic_tree=tree)
+    assert len(config.topics) == 102 and config.topics[1] == "language-001" and config.topics[101] == "language-101"
+    shares = [leaf.probability for leaf in leaves(tree)]
+    assert np.isclose(sum(shares), 1) and np.isclose(shares[0], 0.75)
+    assert np.allclose(np.array(shares[1:]) / shares[1], 1 / np.arange(1, 102))
+    source = config.start(SHAPE, 0, 0)
+    fewer = Affinity(topic_tree=(tree[0], tree[1].model_copy(update={"count": 50}))).start(SHAPE, 0, 0)
+    assert isinstance(source, AffinitySource) and isinstance(fewer, AffinitySource)
+    assert np.array_equal(source.layer(1).base[:51], fewer.layer(1).base)  # the first keep their vectors
+    assert len(np.unique(source.layer(1).base, axis=0)) == 102
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ({"topic_tree": [{"name": "a", "count": 5000}]}, "less than or equal to 4096"),
+        ({"topic_tree": [{"name": n, "count": 4000} for n in "ab"]}, "at most 4096 leaves, found 8000"),
+        ({"topic_tree": [{"name": "a", "count": 2, "children": [{"name": "b"}]}]}, "count is for topics without"),
+        (
+            {"topic_tree": [{"name": "a", "phases": [{"name": "p"}], "children": [{"name": "b"}]}]},
+            "phases is for topics without",
+        ),
+        ({"topic_tree": [{"name": "a", "phases": [{"name": "p"}, {"name": "p"}]}]}, "two phases are called 'p'"),
+        ({"topic_tree": [{"name": "a", "count": 2}, {"name": "a-002"}]}, "two leaves are called 'a-002'"),
+        (
+            {"topic_tree": [{"name": "a", "phases": [{"name": "p"}]}, {"name": "a/p"}]},
+            "two leaves are called 'a/p'",
+        ),
+        (
+            {
+                "topic_tree": [
+                    {"name": n, "phases": [{"name": "p", "popularity_sd": sd}]} for n, sd in (("a", 0.1), ("b", 0.2))
+                ]
+            },
+            "phase p has popularity_sd 0.1 and 0.2",
+        ),
+        ({"oscillation": [{"topics": ["x"], "period_steps": 9, "amplitude": 1}]}, "oscillation: 'x' is no leaf"),
+        ({"drift": {"sd": 1, "correlation_steps": 0}}, "greater than or equal to 0.01"),
+        ({"vocabulary": {"size": 2**20}, "latent_rank": 100}, "must be at most 67108864, found 1048576 x 100"),
+        *[
+            ({name: 1e308}, "less than or equal to")
+            for name in (
+                "popularity_sd", "latent_dof", "sequence_variance", "slow_variance", "fast_variance",
+                "token_variance", "iid_variance", "logit_mean", "logit_scale",
+            )
+        ],
+        ({"topic_tree": [{"name": "a", "popularity_sd": 1e308}]}, "less than or equal to 10"),
+    ],
+)  # fmt: skip
+def test_bad_traffic_of_the_new_kinds_is_refused(bad: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValidationError, match=reason):
+        Affinity.model_validate(bad)
+
+
+def test_the_largest_values_allowed_still_give_finite_logits() -> None:
+    largest = {name: 100.0 for name in ("sequence_variance", "slow_variance", "fast_variance", "iid_variance")}
+    config = Affinity(
+        popularity_sd=10, logit_mean=-1000, logit_scale=100, latent_dof=3, topic_tree=(Topic(name="a", popularity_sd=10),),
+        vocabulary=Vocabulary(size=9), token_variance=100, tokens_per_rank=500, **largest,
+    )  # fmt: skip
+    assert all(np.isfinite(ask(config, layer, 0).logits).all() for layer in range(4))
+
+
+# ---------------------------------------------------------------- mixtures over time
+
+
+def shares_of(config: Affinity, step: int | None, seed: int = 0, replica: int = 0) -> list[float]:
+    source = config.start(SHAPE, seed, replica)
+    assert isinstance(source, AffinitySource)
+    return source.mixture.at(step)
+
+
+MOVING = Affinity(
+    topic_tree=TREE,
+    drift=Drift(sd=0.7, correlation_steps=10),
+    oscillation=(Oscillation(topics=("quantitative",), period_steps=24, amplitude=0.8),),
+    shifts=(Shift(step=30, over_steps=10, weights={"law": 1, "quantitative": 1}),),
+)
+
+
+@settings(max_examples=15, deadline=None)
+@given(steps=st.lists(st.integers(0, 120), min_size=1, max_size=6))
+def test_moving_mixtures_are_pure_and_sum_to_one(steps: list[int]) -> None:
+    source = MOVING.start(SHAPE, 3, 1)
+    assert isinstance(source, AffinitySource)
+    for step in steps:
+        shares = source.mixture.at(step)
+        assert shares == shares_of(MOVING, step, 3, 1)
+        assert np.isclose(sum(shares), 1) and min(shares) > 0
+    assert shares_of(MOVING, 50, 3, 2) != shares_of(MOVING, 50, 3, 1) != shares_of(MOVING, 50, 4, 1)
+
+
+def test_warm_up_has_the_trees_weights_and_drift_starts_from_them() -> None:
+    plain = Affinity(topic_tree=TREE, drift=Drift(sd=2, correlation_steps=5))
+    assert np.allclose(shares_of(plain, 0), shares_of(plain, None), rtol=1e-12)
+    assert np.allclose(shares_of(plain, None), [0.25, 0.5, 0.25])
+    assert not np.allclose(shares_of(plain, 1), shares_of(plain, None), rtol=0.01)
+
+
+def test_drift_is_an_ornstein_uhlenbeck_walk() -> None:
+    tree = (Topic(name="t", count=2000, zipf=0),)
+    drift = Drift(sd=0.5, correlation_steps=8)
+    found = Mixture(leaves(tree), (), drift, (), 1, 0)
+    for step in (1, 4, 40):
+        expected = 0.25 * (1 - np.exp(-2 * step / 8))
+        walk = found.walk(step)
+        assert walk.var() == pytest.approx(expected, rel=5 * np.sqrt(2 / 2000))
+        assert abs(walk.mean()) < 5 * np.sqrt(expected / 2000)
+    correlation = np.corrcoef(found.walk(40), found.walk(48))[0, 1]
+    assert correlation == pytest.approx(np.exp(-1), abs=0.1)
+    assert abs(np.corrcoef(found.walk(40), found.walk(120))[0, 1]) < 0.12  # control: forgotten later
+
+
+def test_a_topics_walk_does_not_depend_on_the_others() -> None:
+    drift = Drift(sd=0.5, correlation_steps=8)
+    few = Mixture(leaves(TREE), (), drift, (), 1, 0).walk(20)
+    more = Mixture(leaves((*TREE, Topic(name="medicine"))), (), drift, (), 1, 0).walk(20)
+    assert np.array_equal(more[:3], few)
+
+
+def test_oscillation_moves_its_group_and_returns() -> None:
+    config = Affinity(
+        topic_tree=TREE, oscillation=(Oscillation(topics=("quantitative", "math"), period_steps=24, amplitude=0.8),)
+    )
+    nominal, day = shares_of(config, 0), shares_of(config, 6)
+    assert np.allclose(nominal, [0.25, 0.5, 0.25]) and np.allclose(shares_of(config, 24), nominal)
+    # Named twice, by itself and by its group, a leaf still moves once: odds against law by e^amplitude.
+    for leaf in (0, 1):
+        assert day[leaf] / day[2] == pytest.approx(nominal[leaf] / nominal[2] * np.exp(0.8))
+    night = shares_of(config, 18)
+    assert night[0] / night[2] == pytest.approx(np.exp(-0.8))
+
+
+def test_a_shift_to_a_group_keeps_its_own_proportions() -> None:
+    config = Affinity(topic_tree=TREE, shifts=(Shift(step=5, weights={"quantitative": 1, "law": 3}),))
+    assert np.allclose(shares_of(config, 5), [1 / 12, 2 / 12, 9 / 12])
+
+
+def test_topics_of_tokens_follow_the_mixture_and_common_random_numbers() -> None:
+    still = Affinity(topic_tree=TREE, sequence_length=1, tokens_per_rank=4000)
+    wave = Oscillation(topics=("law",), period_steps=4, amplitude=0.5)
+    moving = still.model_copy(update={"oscillation": (wave,)})
+    before, after = ask(still, 0, 0, step=1).topic, ask(moving, 0, 0, step=1).topic
+    expected = shares_of(moving, 1)
+    assert np.bincount(after, minlength=3) / 4000 == pytest.approx(expected, abs=4.5 * 0.008)
+    moved = (before != after).mean()
+    assert 0 < moved < 2.5 * abs(expected[2] - 0.25)  # only the sequences that must change
+    assert np.array_equal(
+        ask(moving, 0, 0, step=1, phase="warmup").topic, ask(still, 0, 0, step=1, phase="warmup").topic
+    )
+
+
 # ---------------------------------------------------------------- replay
 
 E, K, LAYERS, TOKENS = 16, 3, 2, 60
@@ -650,7 +995,10 @@ REFUSALS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "float ids": (altered(topk_ids=np.zeros((2, 60, 3))), "topk_ids: expected integers, found dtype float64"),
     "integer weights": (altered(topk_weights=np.ones((2, 60, 3), int)), "topk_weights: expected floats"),
     "two dimensions": (altered(topk_ids=np.zeros((60, 3), int)), r"topk_ids: expected 3 dimensions, found shape \(60"),
-    "other k": (altered(topk_ids=np.zeros((2, 60, 4), int)), "topk_ids: expected 3 experts per token.*found 4"),
+    "other k": (
+        altered(topk_ids=np.broadcast_to(np.arange(4), (2, 60, 4)), topk_weights=np.ones((2, 60, 4))),
+        "topk_ids: expected 3 experts per token.*found 4",
+    ),
     "no tokens": (altered(topk_ids=np.zeros((2, 0, 3), int)), "topk_ids: expected at least one layer and one token"),
     "id too large": (with_value("topk_ids", (1, 5, 0), 16), r"topk_ids: expected ids in 0..15, found 16"),
     "huge id": (with_value("topk_ids", (1, 5, 0), 2**40), r"topk_ids: expected ids in 0..15, found 1099511627776"),
@@ -667,12 +1015,12 @@ REFUSALS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "layers of other length": (altered(layers=np.arange(3)), r"layers: expected shape \(2,\), found \(3,\)"),
     "layers repeated": (altered(layers=np.array([1, 1])), "layers: expected distinct"),
     "other E": (altered(n_routed_experts=np.array(64)), "n_routed_experts: expected 16.*found 64"),
-    "no ids": (lambda path: np.savez(path, other=np.zeros(3)), "topk_ids: expected an array, found none.*other.npy"),
+    "no ids": (lambda path: np.savez(path, other=np.zeros(3)), "topk_ids: expected an array.*found none"),
     "not a zip": (lambda path: path.write_bytes(b"PICKLE" * 50), "expected an npz"),
     "empty file": (lambda path: path.write_bytes(b""), "expected an npz"),
-    "missing file": (lambda path: None, "expected an npz file, found none"),
-    "a folder": (lambda path: path.mkdir(), "expected an npz file, found something else"),
-    "a pipe": (lambda path: os.mkfifo(path), "expected an npz file, found something else"),
+    "missing file": (lambda path: None, "expected a trace file, found none"),
+    "a folder": (lambda path: path.mkdir(), "expected 1 to 1024 files"),
+    "a pipe": (lambda path: os.mkfifo(path), "expected a trace file, found something else"),
     "truncated half": (cut(0.5), "expected an npz"),
     "truncated end": (cut(0.99), "expected an npz"),
     "flipped bit": (flipped, "topk_ids: expected .* found a damaged member"),
@@ -709,7 +1057,7 @@ def test_the_good_trace_is_accepted(tmp_path: Path) -> None:
     ):
         np.savez(tmp_path / f"{i}.npz", **(arrays | {"topk_ids": ids}))
         trace = read_trace(str(tmp_path / f"{i}.npz"), E, K)
-        assert np.array_equal(trace.topk_ids, arrays["topk_ids"]) and trace.layers == [3, 7]
+        assert np.array_equal(trace.topk_ids, arrays["topk_ids"]) and trace.layers == (3, 7)
 
 
 def test_a_declared_bomb_is_refused_before_its_data_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -769,3 +1117,214 @@ def test_digest_helper_would_notice_a_change() -> None:
     before = hashlib.sha256(logits.tobytes()).hexdigest()
     logits.view(np.uint32)[3, 3] ^= 1
     assert hashlib.sha256(logits.tobytes()).hexdigest() != before
+
+
+# ---------------------------------------------------------------- replay: sequences, domains, offsets, scores
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    e = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+def scored(n_tokens: int = TOKENS, seed: int = 0) -> dict[str, np.ndarray]:
+    """Generated logits, and what a recorder of the top k would have kept of them."""
+    shape = TrafficShape(LAYERS, E, K, 1)
+    config = Affinity(sequence_length=20, topic_tree=(Topic(name="law", popularity_sd=0.3),), layer_profile=None)
+    batch = config.start(shape, seed, 0).batch("train", 0, n_ranks=1, tokens_per_rank=n_tokens)
+    logits = np.stack([batch.tokens(layer, 0).logits for layer in range(LAYERS)])
+    ids = np.stack([topk(layer, K) for layer in logits])
+    return {
+        "logits": logits,
+        "topk_ids": ids,
+        "topk_weights": np.take_along_axis(softmax(logits), ids, axis=2).astype(np.float16),
+        "seqlens": np.full(n_tokens // 20, 20),
+        "domain": np.array(["law", "math", "law"] * (n_tokens // 60)),
+    }
+
+
+def replayed(config: Replay, replica: int = 0, layer: int = 1) -> Any:
+    source = config.start(TrafficShape(LAYERS, E, K, 1), 0, replica)
+    return source.batch("train", 0, n_ranks=1, tokens_per_rank=config.tokens_per_rank).tokens(layer, 0)
+
+
+def test_sequences_and_domains_of_the_file_are_handed_out(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.npz", scored())
+    config = Replay(path=path, tokens_per_rank=30)
+    assert config.topics == ("law", "math") and config.modalities == ("text", "text")
+    source = config.start(TrafficShape(LAYERS, E, K, 2), 0, 0)
+    second = source.batch("train", 0, n_ranks=2, tokens_per_rank=30).tokens(0, 1)
+    assert second.topic.tolist() == [1] * 10 + [0] * 20
+    assert second.sequence.tolist() == [0] * 10 + [1] * 20  # counted within the rank's batch
+    mixed = replayed(Replay(path=path, tokens_per_rank=60, order="mixed"))
+    assert np.bincount(mixed.topic).tolist() == [40, 20] and np.bincount(mixed.sequence).tolist() == [20, 20, 20]
+    assert (np.diff(mixed.sequence) != 0).mean() > 0.4
+
+
+def test_a_file_that_cannot_be_read_has_one_topic_until_it_is_started(tmp_path: Path) -> None:
+    config = Replay(path=str(tmp_path / "later.npz"), tokens_per_rank=10)
+    assert config.topics == ("replay",)
+    write(tmp_path / "later.npz", scored())
+    assert config.topics == ("law", "math")
+
+
+def test_offset_rotates_each_replica_to_another_sequence(tmp_path: Path) -> None:
+    arrays = scored()
+    path = write(tmp_path / "t.npz", arrays)
+    plain = [replayed(Replay(path=path, tokens_per_rank=60), r).topk_ids for r in range(2)]
+    assert np.array_equal(plain[0], plain[1])  # what the option is for
+    starts = set()
+    for replica in range(3):
+        ids = replayed(Replay(path=path, tokens_per_rank=60, offset="replica"), replica).topk_ids
+        start = next(s for s in (0, 20, 40) if np.array_equal(np.roll(arrays["topk_ids"][1], -s, axis=0), ids))
+        starts.add(start)
+    assert starts == {0, 20, 40}
+    with pytest.raises(ValidationError, match="offset is for consecutive order"):
+        Replay(path=path, offset="replica", order="mixed")
+
+
+def test_warm_up_of_any_batch_size_stays_within_what_is_kept(tmp_path: Path) -> None:
+    arrays = good()
+    config = Replay(path=write(tmp_path / "t.npz", arrays), tokens_per_rank=10, warmup_steps=1)
+    source = config.start(REPLAY_SHAPE, 0, 0)
+    warm = [source.batch("warmup", s, n_ranks=1, tokens_per_rank=4).tokens(0, 0).topk_ids for s in range(5)]
+    train = source.batch("train", 0, n_ranks=2, tokens_per_rank=10).tokens(0, 0).topk_ids
+    assert np.array_equal(np.concatenate([*warm, train]), arrays["topk_ids"][0, :30])
+    for step, ranks, tokens in ((5, 1, 4), (0, 3, 10)):
+        with pytest.raises(ValueError, match=r"keeps 1 train steps for it \(20 tokens"):
+            source.batch("warmup", step, n_ranks=ranks, tokens_per_rank=tokens)
+
+
+def test_recorded_logits_are_handed_out_exactly(tmp_path: Path) -> None:
+    arrays = scored()
+    config = Replay(path=write(tmp_path / "t.npz", arrays), tokens_per_rank=60, scores=True)
+    tokens = replayed(config)
+    assert config.provides == "logits" and tokens.logits.dtype == np.float32
+    assert tokens.logits.tobytes() == arrays["logits"][1].tobytes()
+    assert np.array_equal(topk(tokens.logits, K), tokens.topk_ids) and config.caveats == ()
+    assert Replay(path=config.path).provides == "ids"
+
+
+def test_recorded_softmax_scores_give_their_logits_back(tmp_path: Path) -> None:
+    arrays = scored()
+    del arrays["topk_weights"]
+    logits = arrays.pop("logits")
+    scores = softmax(logits).astype(np.float32)
+    scores[1, 0] = np.eye(E)[3]  # as saturated as it gets
+    tokens = replayed(
+        Replay(path=write(tmp_path / "t.npz", arrays | {"scores": scores}), tokens_per_rank=60, scores=True)
+    )
+    assert np.allclose(softmax(tokens.logits), scores[1], atol=1e-6) and np.isfinite(tokens.logits).all()
+    sigmoid = 1 / (1 + np.exp(-logits))
+    config = Replay(path=write(tmp_path / "s.npz", arrays | {"scores": sigmoid}), tokens_per_rank=60, scores=True)
+    with pytest.raises(ValueError, match="expected softmax scores that are at least 0 and sum to 1"):
+        replayed(config)
+
+
+def test_scores_of_a_file_without_them_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.npz", good())
+    with pytest.raises(ValueError, match="with ids only no other gate can be judged, only placements"):
+        replayed(Replay(path=path, tokens_per_rank=10, scores=True))
+    with pytest.raises(ValidationError, match="exclude each other"):
+        Replay(path=path, scores=True, impute=True)
+
+
+def test_imputed_logits_keep_the_recorded_weights_and_put_the_rest_below(tmp_path: Path) -> None:
+    arrays = scored()
+    config = Replay(path=write(tmp_path / "t.npz", arrays), tokens_per_rank=60, impute=True)
+    tokens = replayed(config)
+    probabilities = softmax(tokens.logits)
+    recorded = arrays["topk_weights"][1].astype(np.float64)
+    assert config.provides == "logits" and "imputed" in config.caveats[0]
+    assert np.allclose(np.take_along_axis(probabilities, tokens.topk_ids.astype(int), axis=1), recorded, rtol=1e-5)
+    rest = tokens.logits.copy()
+    np.put_along_axis(rest, tokens.topk_ids.astype(int), -np.inf, axis=1)
+    lowest = np.take_along_axis(tokens.logits, tokens.topk_ids.astype(int), axis=1).min(axis=1)
+    assert (rest.max(axis=1) < lowest).all()
+    assert np.array_equal(np.sort(topk(tokens.logits, K)), np.sort(tokens.topk_ids))
+    other = replayed(config, replica=1).logits  # another replica: other tail, same recorded weights
+    assert not np.array_equal(other, tokens.logits)
+    assert np.array_equal(topk(other, K), topk(tokens.logits, K))
+
+
+def test_imputed_tokens_do_not_depend_on_how_they_are_asked_for(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.npz", scored())
+    whole = replayed(Replay(path=path, tokens_per_rank=60, impute=True)).logits
+    source = Replay(path=path, tokens_per_rank=20, impute=True).start(TrafficShape(LAYERS, E, K, 3), 0, 0)
+    batch = source.batch("train", 0, n_ranks=3, tokens_per_rank=20)
+    parts = [batch.tokens(1, rank).logits for rank in (2, 0, 1)]
+    assert np.concatenate([parts[1], parts[2], parts[0]]).tobytes() == whole.tobytes()
+
+
+def test_the_imputed_tail_resembles_the_unseen_one() -> None:
+    """E=64, k=6 on generated logits whose tail is known: weights by rank, and which experts come next."""
+    shape = TrafficShape(1, 64, 6, 1)
+    config = Affinity(sequence_length=400, topic_tree=(Topic(name="law", popularity_sd=0.3),), layer_profile=None)
+    logits = config.start(shape, 5, 0).batch("train", 0, n_ranks=1, tokens_per_rank=4000).tokens(0, 0).logits
+    ids = topk(logits, 6)
+    weights = np.take_along_axis(softmax(logits), ids, axis=1)[None]
+    trace = checked("generated", ids[None], topk_weights=weights, n_routed_experts=64)
+    imputed = Imputed("generated", trace, 0, 0).logits(0, np.arange(4000))
+    real, made = (np.sort(softmax(x), axis=1)[:, ::-1].mean(axis=0) for x in (logits, imputed))
+    assert made[6:12] == pytest.approx(real[6:12], rel=0.15)
+    assert made[[20, 40]] == pytest.approx(real[[20, 40]], rel=0.15)
+    seventh_on = [np.bincount(topk(x, 12)[:, 6:].ravel(), minlength=64) for x in (logits, imputed)]
+    assert np.corrcoef(seventh_on)[0, 1] > 0.9
+    level = complete(
+        ids.astype(np.int16), weights[0].astype(np.float32), np.exp(np.zeros((4000, 64)) + 0.01 * logits[::-1])
+    )
+    unpopular = np.bincount(topk(level, 12)[:, 6:].ravel(), minlength=64)
+    assert np.corrcoef(seventh_on[0], unpopular)[0, 1] < 0.7  # control: a tail that knows no popularity
+
+
+def change_weights(change: Callable[[np.ndarray], np.ndarray]) -> dict[str, np.ndarray]:
+    arrays = scored()
+    return arrays | {"topk_weights": change(arrays["topk_weights"].astype(np.float32))}
+
+
+@pytest.mark.parametrize(
+    ("arrays", "reason"),
+    [
+        (lambda: {k: v for k, v in scored().items() if k != "topk_weights"}, "impute expects recorded gate weights"),
+        (lambda: change_weights(lambda w: w / w.sum(axis=2, keepdims=True)), "not renormalised.*median sum of 1,"),
+        (lambda: change_weights(lambda w: 2.5 * w / w.sum(axis=2, keepdims=True)), "not renormalised.*sum of 2.5"),
+        (lambda: change_weights(lambda w: w * (w > w.min())), "impute expects positive weights, found 0"),
+        (lambda: change_weights(lambda w: w * 0.1), "cannot make up the sum to 1"),
+    ],
+)
+def test_weights_that_cannot_be_completed_are_refused(
+    tmp_path: Path, arrays: Callable[[], dict[str, np.ndarray]], reason: str
+) -> None:
+    config = Replay(path=write(tmp_path / "t.npz", arrays()), tokens_per_rank=60, impute=True)
+    with pytest.raises(ValueError, match=reason) as caught:
+        replayed(config)
+    assert str(caught.value).startswith(config.path) and "\n" not in str(caught.value)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), n_experts=st.integers(4, 24), k=st.integers(1, 3), scale=st.floats(0.01, 6))
+def test_any_softmax_can_be_completed(data: st.DataObject, n_experts: int, k: int, scale: float) -> None:
+    rng = np.random.Generator(np.random.Philox(data.draw(st.integers(0, 2**32))))
+    probabilities = softmax(rng.standard_normal((6, n_experts)) * scale)
+    ids = topk(probabilities, k)
+    weights = np.take_along_axis(probabilities, ids, axis=1).astype(np.float32)
+    logits = complete(ids.astype(np.int16), weights, np.exp(rng.standard_normal((6, n_experts))))
+    assert np.isfinite(logits).all()
+    assert np.array_equal(np.sort(topk(logits, k)), np.sort(ids))
+    assert softmax(logits).max(axis=1) == pytest.approx(weights.max(axis=1), rel=2e-3)
+
+
+def test_impute_on_a_real_trace(shared: Path) -> None:
+    """DeepSeek-V2-Lite on law: softmax weights that sum to .39 (section 7); gpt-oss's are renormalised and refused."""
+    path = shared / "data" / "esft_deepseek_v2_lite" / "law_layers1-16.npz"
+    shape = TrafficShape(n_moe_layers=16, n_routed_experts=64, num_experts_per_tok=6, ep_size=1)
+    config = Replay(path=str(path), tokens_per_rank=1024, impute=True)
+    tokens = config.start(shape, 0, 0).batch("train", 1, n_ranks=1, tokens_per_rank=1024).tokens(9, 0)
+    kept = np.take_along_axis(softmax(tokens.logits), tokens.topk_ids.astype(int), axis=1)
+    assert np.allclose(kept, tokens.topk_weights, rtol=1e-4)
+    assert np.array_equal(np.sort(topk(tokens.logits, 6)), np.sort(tokens.topk_ids))
+    path = shared / "data" / "gptoss20b_fingerprint" / "mmlu_test_decode.npz"
+    config = Replay(path=str(path), tokens_per_rank=64, impute=True, layers=(0, 1))
+    assert len(config.topics) == 57
+    with pytest.raises(ValueError, match="were not renormalised"):
+        config.start(TrafficShape(2, 32, 4, 1), 0, 0)

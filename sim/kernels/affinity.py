@@ -8,6 +8,7 @@ multiplications and additions in the same order: no BLAS, no libm, no reassociat
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -71,6 +72,15 @@ def stretch(x: F32, coefficients: tuple[float, float, float, float], *, compiled
         factor *= square
     factor += c0
     x *= factor
+
+
+def blend(x: F32, table: F32, index: I32, share: float) -> None:
+    """Replace ``x`` [T, R] by sqrt(share) table[index] + sqrt(1 - share) x, in place; table [V, R], index [T].
+
+    One form only: NumPy's float32 operations, one rank's tokens at a time.
+    """
+    x *= np.float32(math.sqrt(1.0 - share))
+    x += np.float32(math.sqrt(share)) * table[index]
 
 
 def combine(

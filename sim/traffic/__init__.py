@@ -14,7 +14,7 @@ from typing import Literal
 from pydantic import Field
 
 from sim.plugin import Plugin
-from sim.tokens import Tokens
+from sim.tokens import F64, Tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +67,30 @@ class Traffic(Plugin):
     @abstractmethod
     def topics(self) -> tuple[str, ...]:
         """Names that ``Tokens.topic`` indexes."""
+
+    @property
+    def caveats(self) -> tuple[str, ...]:
+        """Sentences that a report must print beside results made with this traffic."""
+        return ()
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of the recorded data behind the traffic, or nothing: part of a run's identity."""
+        return ""
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """The modality of each topic, in the order of ``topics``."""
+        return ("text",) * len(self.topics)
+
+    @property
+    def stationary(self) -> bool:
+        """Whether all train steps draw from one distribution, so that a count-level pilot of one serves the others."""
+        return False
+
+    @property
+    def token_frequency(self) -> F64 | None:
+        """[V] relative frequency of each vocabulary index, or None if tokens carry no ``token_ids``."""
+        return None
 
     @abstractmethod
     def start(self, shape: TrafficShape, seed: int, replica: int) -> Source:

@@ -5,8 +5,8 @@
 
 after routing_statistics.md section 8 (parameters set there on three layers of DeepSeek-V2-Lite; checked in
 tests/test_traffic.py). The parts c are: ``sequence`` (constant within a sequence), ``slow`` and ``fast`` (AR(1) along
-it), and ``token`` (white: the token's identity; where temporal memory is weak it takes over that variance). The latents
-z_c [T, latent_rank] are shared by all layers, so that one layer's choice predicts the next one's; W [latent_rank, E]
+it), and ``token`` (white or, with a vocabulary, read off the token's id; where temporal memory is weak it takes over that
+variance, so that first layers route by identity). The latents z_c [T, latent_rank] are shared by all layers, so that one layer's choice predicts the next one's; W [latent_rank, E]
 has random unit columns and is shared by the parts, which makes experts co-activate. Reproduces loads, their temporal
 correlation, co-activation and topic distances; says nothing about model quality.
 """
@@ -14,7 +14,8 @@ correlation, co-activation and topic distances; says nothing about model quality
 from __future__ import annotations
 
 import threading
-from typing import Literal, NamedTuple, Self
+from collections.abc import Callable, Iterable
+from typing import Annotated, Literal, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -23,15 +24,20 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sim.kernels import affinity as kernel
 from sim.kernels import compiled_enabled
 from sim.rng import stream
-from sim.tokens import F32, I32, Tokens
+from sim.tokens import F32, F64, I32, I64, Tokens
 from sim.traffic import Batch, Source, Traffic, TrafficShape
-from sim.traffic.topics import Leaf, Shift, Topic, check_siblings, cumulative, leaves, mixture
+from sim.traffic.mixture import Drift, Mixture, Oscillation, Shift, check_names
+from sim.traffic.topics import Leaf, TokenTopic, Topic, check_tree, cumulative, leaves
+from sim.traffic.vocabulary import Vocabulary, Words
 
 # eps is read from one table of normals at a hashed offset per (token, layer): some 50 times cheaper than drawing. Good
 # enough because a gate compares the E distinct entries of one window; every expert meets every entry equally often, so
 # no expert is favoured; and two tokens share a window with probability 2^-18.
-_NOISE_BITS = 18
+NOISE_BITS = 18
 _LATENT_CACHE_BYTES = 256 * 2**20
+_FACTORS = ("logit_scale", "temporal", "topic")  # of a profile; its other values replace
+_MOST = 1024.0  # bound of a profile's replaced values
+_Preference = Annotated[float, Field(ge=-100, le=100)]
 
 
 class LayerProfile(BaseModel):
@@ -54,6 +60,16 @@ class LayerProfile(BaseModel):
     """Share of the sequence, slow and fast variances that stays; the rest moves to the token part (0..1)."""
     topic: tuple[float, ...] = (0.4, 0.6, 1.0, 1.0, 1.0)
     """Multiplies every topic's ``popularity_sd``."""
+    # What follows replaces the traffic's own value of the same name, where given (`sim.fit` writes it).
+    popularity_sd: tuple[float, ...] | None = None
+    latent_rank: tuple[float, ...] | None = None
+    """Factors at work in a layer, at most the traffic's ``latent_rank``; 4.3 = four and a third one at weight 0.3."""
+    sequence_variance: tuple[float, ...] | None = None
+    slow_variance: tuple[float, ...] | None = None
+    fast_variance: tuple[float, ...] | None = None
+    token_variance: tuple[float, ...] | None = None
+    basis_tail: tuple[float, ...] | None = None
+    iid_variance: tuple[float, ...] | None = None
 
     @model_validator(mode="after")
     def _knots(self) -> Self:
@@ -61,16 +77,29 @@ class LayerProfile(BaseModel):
             raise ValueError("depth must run from 0 to 1")
         if any(b <= a for a, b in zip(self.depth, self.depth[1:], strict=False)):
             raise ValueError("depth must increase")
-        for name in ("logit_scale", "temporal", "topic"):
+        for name in type(self).model_fields:
             values = getattr(self, name)
+            if name == "depth" or values is None:
+                continue
             if len(values) != len(self.depth):
                 raise ValueError(f"{name} needs one value per depth ({len(self.depth)}, found {len(values)})")
             if min(values) < 0 or (name == "temporal" and max(values) > 1):
                 raise ValueError(f"{name} must be {'between 0 and 1' if name == 'temporal' else 'at least 0'}")
+            if name not in _FACTORS and max(values) > _MOST:
+                raise ValueError(f"{name} must be at most {_MOST:g}")
         return self
 
     def at(self, layer: int, n_layers: int) -> tuple[float, float, float]:
         """Return (logit_scale, temporal, topic) factors of MoE layer ``layer`` of ``n_layers``."""
+        factors = self._mixed(layer, n_layers, _FACTORS)
+        return factors["logit_scale"], factors["temporal"], factors["topic"]
+
+    def replaced(self, layer: int, n_layers: int) -> dict[str, float]:
+        """Return the values that MoE layer ``layer`` of ``n_layers`` has instead of the traffic's own, by name."""
+        own = [name for name in type(self).model_fields if name not in ("depth", *_FACTORS)]
+        return self._mixed(layer, n_layers, [name for name in own if getattr(self, name) is not None])
+
+    def _mixed(self, layer: int, n_layers: int, names: Iterable[str]) -> dict[str, float]:
         depth = layer / (n_layers - 1) if n_layers > 1 else 0.5
         upper = next(i for i in range(1, len(self.depth)) if depth <= self.depth[i])
         left, right = self.depth[upper - 1], self.depth[upper]
@@ -79,7 +108,23 @@ class LayerProfile(BaseModel):
         def mix(values: tuple[float, ...]) -> float:
             return values[upper - 1] * (1 - share) + values[upper] * share
 
-        return mix(self.logit_scale), mix(self.temporal), mix(self.topic)
+        return {name: mix(getattr(self, name)) for name in names}
+
+
+class LayerValues(NamedTuple):
+    """The generator's parameters in one layer, after the profile."""
+
+    logit_scale: float
+    popularity: tuple[float, ...] | None
+    popularity_sd: float
+    topic_factor: float
+    latent_rank: float
+    sequence_variance: float
+    slow_variance: float
+    fast_variance: float
+    token_variance: float
+    iid_variance: float
+    basis_tail: float
 
 
 class Affinity(Traffic):
@@ -89,41 +134,53 @@ class Affinity(Traffic):
     topic_tree: tuple[Topic, ...] = Field(default=(Topic(name="general", popularity_sd=0.0),), min_length=1)
     """Tree of topics; each sequence draws one leaf by weight."""
     shifts: tuple[Shift, ...] = ()
-    """Changes of the topic mixture during the train phase."""
+    """Changes of the topic mixture during the train phase; ``mixture`` says in which order changes apply."""
+    drift: Drift | None = None
+    """Random walk of the mixture during the train phase; null = none."""
+    oscillation: tuple[Oscillation, ...] = Field(default=(), max_length=32)
+    """Day and night: topics whose share rises and falls with the train step."""
+    vocabulary: Vocabulary | None = None
+    """Words: the token part becomes a function of the token's id; null = white, and tokens have no ids."""
     sequence_length: int = Field(default=1024, gt=0)
     """Tokens per sequence; a rank's tokens are consecutive sequences, the last one cut. 1 = decode-like, every token
     of another request. Chat turns have about 100, DeepSeek-V3 packed pre-training sequences 4096."""
-    popularity_sd: float = Field(default=0.12, ge=0)
+    popularity_sd: float = Field(default=0.12, ge=0, le=10)
     """Standard deviation over experts of the layer's own popularity vector (log-normal loads)."""
+    popularity: tuple[tuple[_Preference, ...], ...] | None = None
+    """One row of n_routed_experts numbers per MoE layer, in units of a token's spread: a given model's own popularity
+    instead of a random one. Null = drawn with ``popularity_sd``."""
+    prefix_length: int = Field(default=0, ge=0)
+    """Tokens at the start of every sequence that are the same in all (a system prompt, a task's template)."""
     latent_rank: int = Field(default=10, ge=0, le=1024)
     """R, the number of latent factors; 0 = independent experts."""
-    latent_dof: float | None = Field(default=5.0, ge=3)
+    latent_dof: float | None = Field(default=5.0, ge=3, le=1e6)
     """Degrees of freedom of the Student-t-like latents; null = Gaussian. Heavy tails and low rank are both needed for
     the measured co-activation and MaxVio."""
-    sequence_variance: float = Field(default=0.12, ge=0)
-    slow_variance: float = Field(default=0.10, ge=0)
+    sequence_variance: float = Field(default=0.12, ge=0, le=100)
+    slow_variance: float = Field(default=0.10, ge=0, le=100)
     slow_correlation: float = Field(default=0.93, ge=0, lt=1)
-    fast_variance: float = Field(default=0.68, ge=0)
+    fast_variance: float = Field(default=0.68, ge=0, le=100)
     fast_correlation: float = Field(default=0.42, ge=0, lt=1)
-    token_variance: float = Field(default=0.0, ge=0)
-    iid_variance: float = Field(default=0.10, ge=0)
+    token_variance: float = Field(default=0.0, ge=0, le=100)
+    basis_tail: float = Field(default=0.0, ge=0, le=100)
+    """How experts gather on few factors: their normal loadings x become x + basis_tail x^3 (then unit columns again).
+    Raises the co-activation of the closest pairs."""
+    iid_variance: float = Field(default=0.10, ge=0, le=100)
     """Full-rank noise, independent over experts, tokens and layers."""
-    logit_mean: float = 0.0
-    logit_scale: float = Field(default=1.1, gt=0)
+    logit_mean: float = Field(default=0.0, ge=-1000, le=1000)
+    logit_scale: float = Field(default=1.1, gt=0, le=100)
     """Standard deviation of a token's logits before topics; 1.05-1.11 matches V2-Lite's and R1's gate weights."""
     layer_profile: LayerProfile | None = LayerProfile()
     """How layers differ; null = all layers alike."""
 
     @model_validator(mode="after")
-    def _leaf_names_differ(self) -> Self:
-        check_siblings(self.topic_tree)
-        names = self.topics
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise ValueError(f"topic_tree: two leaves are called {twice!r}")
-        unknown = next((name for shift in self.shifts for name in shift.weights if name not in names), None)
-        if unknown is not None:
-            raise ValueError(f"shifts: {unknown!r} is no leaf of topic_tree ({', '.join(names)})")
+    def _names_agree(self) -> Self:
+        check_tree(self.topic_tree)
+        found = leaves(self.topic_tree)
+        check_names("shifts", tuple(name for shift in self.shifts for name in shift.weights), found)
+        check_names("oscillation", tuple(name for wave in self.oscillation for name in wave.topics), found)
+        if self.vocabulary is not None:
+            self.vocabulary.check(self.latent_rank)
         return self
 
     @property
@@ -132,7 +189,19 @@ class Affinity(Traffic):
 
     @property
     def topics(self) -> tuple[str, ...]:
-        return tuple(leaf.name for leaf in leaves(self.topic_tree))
+        return tuple(topic.name for leaf in leaves(self.topic_tree) for topic in leaf.topics)
+
+    @property
+    def stationary(self) -> bool:
+        return not (self.shifts or self.oscillation) and self.drift is None
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        return tuple(topic.modality for leaf in leaves(self.topic_tree) for topic in leaf.topics)
+
+    @property
+    def token_frequency(self) -> F64 | None:
+        return None if self.vocabulary is None else self.vocabulary.frequency()
 
     def start(self, shape: TrafficShape, seed: int, replica: int) -> Source:
         return AffinitySource(self, shape, seed, replica)
@@ -160,6 +229,12 @@ class AffinitySource(Source):
     def __init__(self, config: Affinity, shape: TrafficShape, seed: int, replica: int) -> None:
         self.config, self.shape, self.seed, self.replica = config, shape, seed, replica
         self.leaves: list[Leaf] = leaves(config.topic_tree)
+        self.topics: list[TokenTopic] = [topic for leaf in self.leaves for topic in leaf.topics]
+        self.mixture = Mixture(self.leaves, config.shifts, config.drift, config.oscillation, seed, replica)
+        self.words = None
+        if config.vocabulary is not None:
+            tail = kernel.heavy_tail(config.latent_dof)
+            self.words = Words(config.vocabulary, config.latent_rank, tail, seed, replica)
         self._factors = [
             config.layer_profile.at(layer, shape.n_moe_layers) if config.layer_profile else (1.0, 1.0, 1.0)
             for layer in range(shape.n_moe_layers)
@@ -174,64 +249,122 @@ class AffinitySource(Source):
         self.parts = [
             part
             for i, part in enumerate(parts)
-            if config.latent_rank and any(self._variances(layer)[i] > 0 for layer in range(shape.n_moe_layers))
+            if config.latent_rank
+            and any(self._variances(self.values(layer))[i] > 0 for layer in range(shape.n_moe_layers))
         ]
+        rows = config.popularity
+        if rows is not None and (len(rows), {len(row) for row in rows}) != (
+            shape.n_moe_layers,
+            {shape.n_routed_experts},
+        ):
+            raise ValueError(
+                f"popularity: expected {shape.n_moe_layers} rows of {shape.n_routed_experts} numbers (the model's MoE "
+                f"layers and experts), found {len(rows)} rows of {sorted({len(row) for row in rows})}"
+            )
         self._part_index = [parts.index(part) for part in self.parts]
         self.noise: F32 = stream(seed, "traffic", "noise", replica).standard_normal(
-            2**_NOISE_BITS + shape.n_routed_experts - 1, dtype=np.float32
+            2**NOISE_BITS + shape.n_routed_experts - 1, dtype=np.float32
         )
         self._layers: dict[int, _LayerTables] = {}
+        self.prefix = self._draw_prefix() if config.prefix_length else None
         self._work = 0
 
-    def _variances(self, layer: int) -> tuple[float, float, float, float]:
-        """Variances of the sequence, slow, fast and token parts in ``layer``."""
+    def _draw_prefix(self) -> tuple[F32, npt.NDArray[np.uint32], I32 | None]:
+        """Return the latents [P, parts, R], noise keys [P] and ids [P] of the tokens that all sequences begin with."""
         config = self.config
-        temporal = self._factors[layer][1]
-        memory = (config.sequence_variance, config.slow_variance, config.fast_variance)
+        length = min(config.prefix_length, config.sequence_length)
+        ids = None
+        if self.words is not None:
+            ids = self.words.ids(length, stream(self.seed, "traffic", "prefix", "token_ids", self.replica))
+        latents = np.empty((length, len(self.parts), config.latent_rank), dtype=np.float32)
+        for i, part in enumerate(self.parts):
+            rows = 1 if part.correlation is None else length
+            x = stream(self.seed, "traffic", "prefix", part.name, self.replica).standard_normal(
+                (rows, config.latent_rank), dtype=np.float32
+            )
+            if part.correlation:
+                kernel.autoregress(x, part.correlation, length, compiled=False)
+            if config.latent_dof is not None:
+                kernel.stretch(x, kernel.heavy_tail(config.latent_dof), compiled=False)
+            if part.name == "token" and self.words is not None and ids is not None:
+                self.words.blend(ids, x)
+            latents[:, i] = x
+        keys = stream(self.seed, "traffic", "prefix", self.replica).integers(2**32, size=length, dtype=np.uint32)
+        return latents, keys, ids
+
+    def values(self, layer: int) -> LayerValues:
+        """Return the parameters of ``layer``: the config's own, what the profile replaces, and its factors."""
+        config, profile = self.config, self.config.layer_profile
+        own = {name: getattr(config, name) for name in LayerValues._fields if hasattr(config, name)}
+        own |= profile.replaced(layer, self.shape.n_moe_layers) if profile else {}
+        scale, temporal, topic = self._factors[layer]
+        memory = (own["sequence_variance"], own["slow_variance"], own["fast_variance"])
+        return LayerValues(
+            **own
+            | {
+                "logit_scale": config.logit_scale * scale,
+                "popularity": None if config.popularity is None else config.popularity[layer],
+                "topic_factor": topic,
+                "sequence_variance": memory[0] * temporal,
+                "slow_variance": memory[1] * temporal,
+                "fast_variance": memory[2] * temporal,
+                "token_variance": own["token_variance"] + (1 - temporal) * sum(memory),
+            }
+        )
+
+    def _variances(self, values: LayerValues) -> tuple[float, ...]:
+        """Variances of the sequence, slow, fast and token parts."""
         return (
-            memory[0] * temporal,
-            memory[1] * temporal,
-            memory[2] * temporal,
-            config.token_variance + (1 - temporal) * sum(memory),
+            values.sequence_variance,
+            values.slow_variance,
+            values.fast_variance,
+            values.token_variance,
         )
 
     def layer(self, layer: int) -> _LayerTables:
         """Return the tables of ``layer``, drawn from streams of (seed, replica, layer)."""
         if layer not in self._layers:
-            self._layers[layer] = self._draw_layer(layer)
+            self._layers[layer] = self.draw_layer(layer, self.values(layer))
         return self._layers[layer]
 
-    def _draw_layer(self, layer: int) -> _LayerTables:
+    def draw_layer(self, layer: int, values: LayerValues) -> _LayerTables:
+        """Return the tables of ``layer`` as they would be with ``values``; the same streams whatever they are."""
         config, n_experts = self.config, self.shape.n_routed_experts
-        scale_factor, _, topic_factor = self._factors[layer]
-        scale = config.logit_scale * scale_factor
+        scale = values.logit_scale
 
         def draw(*names: str | int) -> np.random.Generator:
             return stream(self.seed, "traffic", *names, self.replica, layer)
 
-        shared = draw("popularity").standard_normal(n_experts) * config.popularity_sd
+        if values.popularity is not None:
+            shared = np.array(values.popularity)
+        else:
+            shared = draw("popularity").standard_normal(n_experts) * values.popularity_sd
         vectors = {
-            name: draw("topic", name).standard_normal(n_experts) * (sd * topic_factor)
-            for leaf in self.leaves
-            for name, sd in leaf.path
+            name: draw("topic", name).standard_normal(n_experts) * (sd * values.topic_factor)
+            for topic in self.topics
+            for name, sd in topic.path
         }
-        base = np.empty((len(self.leaves), n_experts))
-        for row, leaf in zip(base, self.leaves, strict=True):
+        base = np.empty((len(self.topics), n_experts))
+        for row, topic in zip(base, self.topics, strict=True):
             row[:] = shared
-            for name, _ in leaf.path:
+            for name, _ in topic.path:
                 row += vectors[name]
         basis = draw("basis").standard_normal((config.latent_rank, n_experts))
+        if values.basis_tail:
+            basis *= 1.0 + values.basis_tail * (basis * basis)
+        if values.latent_rank < config.latent_rank:
+            basis *= np.clip(values.latent_rank - np.arange(config.latent_rank), 0.0, 1.0)[:, None]
         square = np.zeros(n_experts)
         for factor in basis:  # a written order of additions: np.sum's depends on the CPU
             square += factor * factor
         basis /= np.sqrt(np.maximum(square, np.finfo(np.float64).tiny))
-        variances = self._variances(layer)
+        variances = self._variances(values)
         gains = np.array([scale * variances[i] ** 0.5 for i in self._part_index])
         return _LayerTables(
             base=(config.logit_mean + scale * base).astype(np.float32),
             basis=basis.astype(np.float32),
             gains=gains.astype(np.float32),
-            noise_gain=scale * config.iid_variance**0.5,
+            noise_gain=scale * values.iid_variance**0.5,
             noise_key=int(draw("noise").integers(2**32)),
         )
 
@@ -243,6 +376,8 @@ class AffinitySource(Source):
 
 class _RankLatents(NamedTuple):
     topic: I32  # [T]
+    sequence: I32  # [T]
+    token_ids: I32 | None  # [T]
     latents: F32  # [T, parts, R]
     noise_keys: npt.NDArray[np.uint32]  # [T]
 
@@ -255,6 +390,7 @@ class AffinityBatch(Batch):
     ) -> None:
         self.source, self.phase, self.step = source, phase, step
         self.n_ranks, self.tokens_per_rank, self.compiled = n_ranks, tokens_per_rank, compiled
+        self._shares = cumulative(source.mixture.at(step if phase == "train" else None))
         self._ranks: dict[int, _RankLatents] = {}
         self._lock = threading.Lock()
 
@@ -264,21 +400,22 @@ class AffinityBatch(Batch):
             raise ValueError(
                 f"layer {layer}, rank {rank}: this batch has {source.shape.n_moe_layers} layers, {self.n_ranks} ranks"
             )
-        drawn, tables = self._rank(rank), source.layer(layer)
+        drawn, tables = self.drawn(rank), source.layer(layer)
         logits = kernel.combine(
             tables.base,
             drawn.topic,
             source.noise,
-            kernel.windows_of(drawn.noise_keys, tables.noise_key, _NOISE_BITS),
+            kernel.windows_of(drawn.noise_keys, tables.noise_key, NOISE_BITS),
             tables.noise_gain,
             drawn.latents,
             tables.gains,
             tables.basis,
             compiled=self.compiled,
         )
-        return Tokens(rank=rank, logits=logits, topic=drawn.topic)
+        return Tokens(rank=rank, logits=logits, topic=drawn.topic, sequence=drawn.sequence, token_ids=drawn.token_ids)
 
-    def _rank(self, rank: int) -> _RankLatents:
+    def drawn(self, rank: int) -> _RankLatents:
+        """Return what all layers of ``rank`` share."""
         with self._lock:
             found = self._ranks.get(rank)
         if found is None:
@@ -297,11 +434,12 @@ class AffinityBatch(Batch):
         def draw(name: str) -> np.random.Generator:
             return stream(source.seed, "traffic", name, source.replica, self.phase, self.step, rank)
 
-        length = config.sequence_length
+        length = min(config.sequence_length, n_tokens)
         n_sequences = -(-n_tokens // length)
-        # Inverse transform of uniforms that do not know the mixture: a shift changes only the sequences it must.
-        shares = cumulative(mixture(source.leaves, config.shifts, self.step if self.phase == "train" else None))
-        leaf = np.searchsorted(np.array(shares), draw("topics").random(n_sequences), side="right")
+        # Inverse transform of uniforms that do not know the mixture: a change moves only the sequences it must.
+        leaf = np.searchsorted(np.array(self._shares), draw("topics").random(n_sequences), side="right")
+        sequence = np.repeat(np.arange(n_sequences, dtype=np.int32), length)[:n_tokens]
+        token_ids = None if source.words is None else source.words.ids(n_tokens, draw("token_ids"))
         latents = np.empty((n_tokens, len(source.parts), config.latent_rank), dtype=np.float32)
         tail = kernel.heavy_tail(config.latent_dof)
         for i, part in enumerate(source.parts):
@@ -311,11 +449,35 @@ class AffinityBatch(Batch):
                 kernel.autoregress(x, part.correlation, length, compiled=self.compiled)
             if config.latent_dof is not None:
                 kernel.stretch(x, tail, compiled=self.compiled)
+            if part.name == "token" and source.words is not None and token_ids is not None:
+                source.words.blend(token_ids, x)
             latents[:, i] = np.repeat(x, length, axis=0)[:n_tokens] if part.correlation is None else x
-        topic = np.repeat(leaf.astype(np.int32), length)[:n_tokens]
-        topic.setflags(write=False)  # every layer hands out the same array
-        return _RankLatents(
-            topic=topic,
-            latents=latents,
-            noise_keys=draw("noise").integers(2**32, size=n_tokens, dtype=np.uint32),
-        )
+        topic = self._topics(leaf, sequence, draw)
+        noise_keys = draw("noise").integers(2**32, size=n_tokens, dtype=np.uint32)
+        if source.prefix is not None:
+            position = np.arange(n_tokens) % length
+            head = np.flatnonzero(position < len(source.prefix[1]))
+            latents[head] = source.prefix[0][position[head]]
+            noise_keys[head] = source.prefix[1][position[head]]
+            if token_ids is not None and source.prefix[2] is not None:
+                token_ids[head] = source.prefix[2][position[head]]
+        for array in (topic, sequence, token_ids):
+            if array is not None:
+                array.setflags(write=False)  # every layer hands out the same array
+        return _RankLatents(topic, sequence, token_ids, latents, noise_keys)
+
+    def _topics(self, leaf: I64, sequence: I32, draw: Callable[[str], np.random.Generator]) -> I32:
+        """Return the topic of each token [T] from each sequence's ``leaf``: the phase at its place in the sequence."""
+        found = self.source.leaves
+        first = np.cumsum([0, *(len(leaf.topics) for leaf in found)])[:-1]
+        topic: I32 = first[leaf].astype(np.int32)[sequence]
+        if len(self.source.topics) > len(found):
+            length = self.source.config.sequence_length
+            # A shift of up to one token per sequence keeps the shares of phases right in short ones, of one token even.
+            start = draw("phases").random(len(leaf))
+            place = (np.arange(len(sequence)) % length + start[sequence]) / length
+            for i, one in enumerate(found):
+                chosen = np.flatnonzero(leaf[sequence] == i) if len(one.topics) > 1 else ()
+                if len(chosen):
+                    topic[chosen] += np.searchsorted(np.array(one.ends), place[chosen], side="right").astype(np.int32)
+        return topic

@@ -1,62 +1,98 @@
-"""Recorded expert choices from an npz file, given back token by token.
+"""Recorded routing given back token by token: expert choices as they were, or router logits for any gate to judge.
 
-A file holds ``topk_ids`` [layer, token, k] (any integer type) and may hold ``topk_weights`` of the same shape (floats),
-``seqlens`` [sequences] (integers that sum to the tokens), ``layers`` [layer] (the model's own layer numbers) and the
-scalar ``n_routed_experts``. With ids only, a different gate cannot be asked what it would have chosen; placements and
-capacities can be compared. Files are not trusted: see ``tracefile``.
+A file is anything that `sim.traces.read` reads. Three ways to use it:
+
+* ids (the default): the recorded choices. A different gate cannot be asked what it would have chosen; placements,
+  capacities and rebalancing can be compared.
+* ``scores: true``: the file has every expert's ``logits`` or softmax ``scores`` [L, N, E]; any gate can be judged.
+* ``impute: true``: the file has the k largest softmax weights; the rest is made up (`impute`), and reports say so.
+
+The file's sequences and their domains become `Tokens.sequence` and the topics. Files are not trusted.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+import functools
+import os
+from typing import Literal, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from sim.kernels.elementary import log
 from sim.rng import stream
-from sim.tokens import F32, I16, I64, Tokens
+from sim.tokens import F32, I32, I64, Tokens
+from sim.traces import RecordedTrace, read
 from sim.traffic import Batch, Source, Traffic, TrafficShape
-from sim.traffic.tracefile import Array, read_npz
+from sim.traffic.impute import CAVEAT, Imputed
+
+_NO_DOMAINS = ("replay",)
+_LEAST_SCORE = 2.0**-25  # half of the smallest float16: what a score recorded as 0 may have been
 
 
 class Replay(Traffic):
-    """Replays a trace: rank r of train step s takes the tokens [(s P + r) T, (s P + r + 1) T) after the warm-up's.
-
-    Consecutive order has no randomness: all replicas and seeds see the same tokens.
-    """
+    """Replays a trace, each token once: after the tokens kept for the warm-up, rank r of train step s takes the tokens
+    [(s P + r) T, (s P + r + 1) T) of P ranks with T tokens each."""
 
     kind: Literal["replay"] = "replay"
     path: str = Field(min_length=1)
-    """The npz file."""
+    """The trace: npz, JSON, JSON lines, text, or an ESFT folder."""
+    scores: bool = False
+    """Give gates the file's ``logits`` or ``scores`` of all experts instead of the recorded choices."""
+    impute: bool = False
+    """Give gates logits made of the recorded ``topk_weights`` (softmax, not renormalised) and an imputed tail."""
     order: Literal["consecutive", "mixed"] = "consecutive"
-    """``consecutive``: as recorded, prefill-like; ``mixed``: one seeded permutation of all tokens, decode-like."""
+    """``consecutive``: as recorded, prefill-like; ``mixed``: one permutation of all tokens per seed and replica,
+    decode-like."""
+    offset: Literal["none", "replica"] = "none"
+    """Where consecutive order begins. ``none``: at the first token, so that all seeds and replicas see the same tokens
+    and intervals over replicas mean nothing; ``replica``: at another sequence for each seed and replica, going around
+    at the end."""
     layers: tuple[int, ...] | None = None
     """Which recorded layers serve MoE layers 0, 1, ...: values of the file's ``layers`` array, or positions if it has
     none. Null = the first ones."""
     warmup_steps: int = Field(default=0, ge=0)
-    """Steps at the start of the trace kept for the warm-up phase; train steps follow, so no token is used twice."""
+    """Tokens kept for the warm-up phase, as a number of train steps: warm-up batches of any size take theirs from the
+    start of the order, train steps follow behind all of them, so that no token is used twice."""
+
+    @model_validator(mode="after")
+    def _one_use(self) -> Self:
+        if self.scores and self.impute:
+            raise ValueError("scores and impute exclude each other: recorded scores need no imputing")
+        if self.offset == "replica" and self.order == "mixed":
+            raise ValueError("offset is for consecutive order; mixed order already differs between replicas")
+        return self
 
     @property
     def provides(self) -> Literal["logits", "ids"]:
-        return "ids"
+        return "logits" if self.scores or self.impute else "ids"
 
     @property
     def topics(self) -> tuple[str, ...]:
-        return ("replay",)
+        """The domains of the file in order of appearance; ``("replay",)`` without any, or while it cannot be read
+        (`start` says why)."""
+        try:
+            stat = os.stat(self.path)
+            return _domains(self.path, stat.st_mtime_ns, stat.st_size)
+        except (OSError, ValueError):
+            return _NO_DOMAINS
+
+    @property
+    def caveats(self) -> tuple[str, ...]:
+        found: tuple[str, ...] = (CAVEAT,) if self.impute else ()
+        if self.offset == "replica":
+            found += ("replicas replay one trace from different starts: intervals over them do not cover other text",)
+        return found
 
     def start(self, shape: TrafficShape, seed: int, replica: int) -> Source:
-        trace = read_trace(self.path, shape.n_routed_experts, shape.num_experts_per_tok)
-        chosen = self._positions(trace, shape)
-        order = None
-        if self.order == "mixed":
-            order = stream(seed, "traffic", "replay", replica).permutation(trace.topk_ids.shape[1])
-        source = ReplaySource(self, trace, chosen, order)
+        asked = None if self.provides == "logits" else shape.num_experts_per_tok
+        trace = read_trace(self.path, shape.n_routed_experts, asked)
+        source = ReplaySource(self, trace, self._positions(trace, shape), shape, seed, replica)
         source.batch("train", 0, n_ranks=shape.ep_size, tokens_per_rank=self.tokens_per_rank)  # refuse early
         return source
 
-    def _positions(self, trace: Trace, shape: TrafficShape) -> list[int]:
-        recorded = len(trace.topk_ids) if trace.layers is None else trace.layers
-        known = list(range(recorded)) if isinstance(recorded, int) else recorded
+    def _positions(self, trace: RecordedTrace, shape: TrafficShape) -> list[int]:
+        known = list(trace.layers)
         wanted = list(self.layers) if self.layers is not None else known[: shape.n_moe_layers]
         unknown = [layer for layer in wanted if layer not in known]
         if unknown:
@@ -66,96 +102,106 @@ class Replay(Traffic):
         return [known.index(layer) for layer in wanted]
 
 
-class Trace(NamedTuple):
-    """A validated trace: topk_ids [L, N, k] int16, distinct within a token; topk_weights [L, N, k] float32 or None."""
-
-    topk_ids: I16
-    topk_weights: F32 | None
-    layers: list[int] | None
+@functools.lru_cache(maxsize=8)
+def _domains(path: str, mtime_ns: int, size: int) -> tuple[str, ...]:
+    """Return the topics of the file as it was when written at ``mtime_ns``."""
+    return tuple(dict.fromkeys(read(path).domain_of_sequence or _NO_DOMAINS))
 
 
-def read_trace(path: str, n_routed_experts: int, num_experts_per_tok: int) -> Trace:
-    """Read and check a trace for a model with E = ``n_routed_experts`` and k = ``num_experts_per_tok``.
+def read_trace(path: str, n_routed_experts: int, num_experts_per_tok: int | None) -> RecordedTrace:
+    """Read and check a trace for a model with E = ``n_routed_experts`` and k = ``num_experts_per_tok`` (None: any k).
 
     Raises ValueError naming file, array, what was expected and what was found.
     """
-    limits = {
-        "topk_ids": Array(kinds="iu", ndim=3),
-        "topk_weights": Array(kinds="f", ndim=3, optional=True),
-        "seqlens": Array(kinds="iu", ndim=1, optional=True),
-        "layers": Array(kinds="iu", ndim=1, optional=True),
-        "n_routed_experts": Array(kinds="iu", ndim=0, optional=True),
-    }
+    trace = read(path, n_routed_experts)
+    k = trace.topk_ids.shape[2]
+    if num_experts_per_tok is not None and k != num_experts_per_tok:
+        raise ValueError(f"{path}: topk_ids: expected {num_experts_per_tok} experts per token (the model's), found {k}")
+    return trace
 
-    def need(ok: bool, array: str, expected: str, found: object) -> None:
-        if not ok:
-            raise ValueError(f"{path}: {array}: expected {expected}, found {found}")
 
-    def check_headers(shapes: dict[str, tuple[int, ...]]) -> None:
-        ids_shape = shapes["topk_ids"]
-        n_layers, n_tokens, k = ids_shape
-        need(k == num_experts_per_tok, "topk_ids", f"{num_experts_per_tok} experts per token (the model's)", k)
-        need(n_layers > 0 and n_tokens > 0, "topk_ids", "at least one layer and one token", ids_shape)
-        if "topk_weights" in shapes:
-            need(shapes["topk_weights"] == ids_shape, "topk_weights", f"shape {ids_shape}", shapes["topk_weights"])
-        if "layers" in shapes:
-            need(shapes["layers"] == (n_layers,), "layers", f"shape {(n_layers,)}", shapes["layers"])
+def recorded_logits(path: str, trace: RecordedTrace, position: int, tokens: slice | I64) -> F32:
+    """Return logits [T, E] float32 whose softmax are the recorded scores, or the recorded logits themselves.
 
-    arrays = read_npz(path, limits, check_headers)
-    if "n_routed_experts" in arrays:
-        found = int(arrays["n_routed_experts"])
-        need(found == n_routed_experts, "n_routed_experts", f"{n_routed_experts} (the model's)", found)
-    raw = arrays["topk_ids"]
-    low, high = int(raw.min()), int(raw.max())
-    need(low >= 0, "topk_ids", f"ids in 0..{n_routed_experts - 1}", low)
-    need(high < n_routed_experts, "topk_ids", f"ids in 0..{n_routed_experts - 1}", high)
-    ids = np.array(raw, dtype=np.int16, order="C")
-    for position, layer in enumerate(ids):
-        ordered = np.sort(layer, axis=1)
-        repeated = (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)
-        if repeated.any():
-            token = int(repeated.argmax())
-            need(False, "topk_ids", "distinct experts per token", f"{layer[token].tolist()} (row {position}, {token})")
-    weights = arrays.get("topk_weights")
-    if weights is not None:
-        need(bool(np.isfinite(weights).all()), "topk_weights", "finite weights", "NaN or infinity")
-        need(bool((weights >= 0).all()), "topk_weights", "weights of at least 0", float(weights.min()))
-        largest, limit = float(weights.max()), float(np.finfo(np.float32).max)
-        need(largest <= limit, "topk_weights", f"weights up to {limit:.2g} (float32)", largest)
-        weights = np.array(weights, dtype=np.float32, order="C")
-    if "seqlens" in arrays:
-        lengths = [int(n) for n in arrays["seqlens"]]
-        need(min(lengths, default=0) >= 0, "seqlens", "lengths of at least 0", min(lengths, default=0))
-        need(sum(lengths) == ids.shape[1], "seqlens", f"a sum of {ids.shape[1]} (the tokens of topk_ids)", sum(lengths))
-    layers = [int(n) for n in arrays["layers"]] if "layers" in arrays else None
-    if layers is not None:
-        need(len(set(layers)) == len(layers), "layers", "distinct layer numbers", layers)
-    for array in (ids, weights):
-        if array is not None:
-            array.setflags(write=False)  # batches hand out views
-    return Trace(ids, weights, layers)
+    Raises ValueError if the trace has neither, or scores that do not sum to 1 (sigmoid scores: record the logits).
+    """
+    if trace.scores is None:
+        raise ValueError(
+            f"{path}: logits: expected every expert's logits or scores (scores: true), found none; with ids only "
+            "no other gate can be judged, only placements (leave scores out)"
+        )
+    values: F32 = trace.scores[position][tokens]
+    if trace.score_kind == "logits":
+        return values
+    total = values.sum(axis=1, dtype=np.float64)
+    worst = float(total[np.abs(total - 1.0).argmax()])
+    if float(values.min()) < 0 or abs(worst - 1.0) > 0.02:
+        raise ValueError(
+            f"{path}: scores: expected softmax scores that are at least 0 and sum to 1 over experts (record logits for "
+            f"other score functions), found a sum of {worst:.4g}, a least score of {float(values.min()):.4g}"
+        )
+    logits: F32 = log(np.maximum(values.astype(np.float64), _LEAST_SCORE)).astype(np.float32)
+    return logits
 
 
 class ReplaySource(Source):
-    """A trace with its order of tokens; never wraps around."""
+    """A trace with its order of tokens."""
 
-    def __init__(self, config: Replay, trace: Trace, positions: list[int], order: I64 | None) -> None:
-        self.config, self.trace, self.positions, self.order = config, trace, positions, order
+    def __init__(
+        self, config: Replay, trace: RecordedTrace, positions: list[int], shape: TrafficShape, seed: int, replica: int
+    ) -> None:
+        self.config, self.trace, self.positions = config, trace, positions
+        self.kept = config.warmup_steps * shape.ep_size * config.tokens_per_rank
+        self.order = self._order(seed, replica)
+        self.sequence = trace.sequence
+        domains = trace.domain_of_sequence or _NO_DOMAINS * len(trace.seqlens)
+        names = list(dict.fromkeys(domains))
+        self.topic_of_sequence = np.array([names.index(name) for name in domains], dtype=np.int32)
+        self.imputed = Imputed(config.path, trace, seed, replica) if config.impute else None
+        if config.scores:
+            for position in positions:
+                recorded_logits(config.path, trace, position, slice(None))  # refuse early
+
+    def _order(self, seed: int, replica: int) -> I64 | None:
+        n_tokens = self.trace.n_tokens
+        if self.config.order == "mixed":
+            return stream(seed, "traffic", "replay", replica).permutation(n_tokens)
+        if self.config.offset == "none":
+            return None
+        # Starts of sequences, so that only the last one before the end is followed by a stranger; each replica its own.
+        starts = np.unique(np.cumsum(self.trace.seqlens) % n_tokens)
+        if len(starts) == 1:
+            starts = np.arange(n_tokens)
+        mixed = stream(seed, "traffic", "replay", "offset").permutation(starts)
+        rotated: I64 = (np.arange(n_tokens) + mixed[replica % len(mixed)]) % n_tokens
+        return rotated
 
     def batch(self, phase: str, step: int, *, n_ranks: int, tokens_per_rank: int) -> Batch:
-        n_tokens, per_step = self.trace.topk_ids.shape[1], n_ranks * tokens_per_rank
-        warmup = self.config.warmup_steps
-        if phase == "warmup" and step >= warmup:
+        n_tokens, per_step = self.trace.n_tokens, n_ranks * tokens_per_rank
+        config, start = self.config, step * per_step
+        if phase == "warmup":
+            if start + per_step > self.kept:
+                raise ValueError(
+                    f"{config.path}: warm-up step {step} asked for, but traffic.warmup_steps keeps "
+                    f"{config.warmup_steps} train steps for it ({self.kept} tokens, {per_step} per warm-up step)"
+                )
+        else:
+            start += self.kept
+        if start + per_step > n_tokens:
+            left = max(0, n_tokens - (start - step * per_step))
             raise ValueError(
-                f"{self.config.path}: warm-up step {step} asked for, but traffic.warmup_steps keeps {warmup} for it"
+                f"{config.path}: topk_ids: holds {left // per_step} steps of {n_ranks} ranks x {tokens_per_rank} tokens "
+                f"({n_tokens} tokens; warm-up keeps {self.kept}), {phase} step {step} asked for"
             )
-        first = step if phase == "warmup" else warmup + step
-        if (first + 1) * per_step > n_tokens:
-            raise ValueError(
-                f"{self.config.path}: topk_ids: holds {n_tokens // per_step} steps of {n_ranks} ranks x "
-                f"{tokens_per_rank} tokens ({n_tokens} tokens; warm-up keeps {warmup}), {phase} step {step} asked for"
-            )
-        return ReplayBatch(self, first * per_step, n_ranks, tokens_per_rank)
+        return ReplayBatch(self, start, n_ranks, tokens_per_rank)
+
+    def logits(self, position: int, tokens: I64) -> F32 | None:
+        """Return logits [T, E] of ``tokens`` in the layer at ``position``, or None if only choices are given."""
+        if self.imputed is not None:
+            return self.imputed.logits(position, tokens)
+        if self.config.scores:
+            return recorded_logits(self.config.path, self.trace, position, tokens)
+        return None
 
 
 class ReplayBatch(Batch):
@@ -171,13 +217,23 @@ class ReplayBatch(Batch):
                 f"layer {layer}, rank {rank}: this batch has {len(source.positions)} layers, {self.n_ranks} ranks"
             )
         chosen = slice(self.start + rank * n, self.start + (rank + 1) * n)
-        rows = chosen if source.order is None else source.order[chosen]
+        rows = np.arange(chosen.start, chosen.stop) if source.order is None else source.order[chosen]
         position = source.positions[layer]
         weights = source.trace.topk_weights
+        sequence = source.sequence[rows]
         return Tokens(
             rank=rank,
-            logits=None,
-            topic=np.zeros(n, dtype=np.int32),
+            logits=source.logits(position, rows),
+            topic=source.topic_of_sequence[sequence],
+            sequence=_renumbered(sequence),
             topk_ids=source.trace.topk_ids[position, rows],
             topk_weights=None if weights is None else weights[position, rows],
         )
+
+
+def _renumbered(sequence: I32) -> I32:
+    """Return ``sequence`` [T] with its distinct numbers replaced by 0, 1, ... in order of appearance."""
+    _, first, inverse = np.unique(sequence, return_index=True, return_inverse=True)
+    place = np.argsort(np.argsort(first, kind="stable"), kind="stable")
+    numbers: I32 = place[inverse].astype(np.int32)
+    return numbers

@@ -54,6 +54,8 @@ class Select(Piece):
     """Whether a token's experts depend on that token alone; if not, rules see one rank's micro-batch at a time."""
     causal: ClassVar[bool] = True
     """Whether no token's experts depend on later tokens; a decoder cannot use rules that do."""
+    ordinal: ClassVar[bool] = True
+    """Whether only the order of a token's scores matters, not their size."""
     varies: ClassVar[bool] = False
     """Whether tokens may get more or fewer than k experts; unused places hold -1."""
 

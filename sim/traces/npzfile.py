@@ -1,4 +1,4 @@
-"""Read numeric arrays from an npz file that may be hostile. Knows about files and headers, not about traffic.
+"""Read arrays from an npz file that may be hostile. Knows about files and headers, not about traces or traffic.
 
 The zip directory and the NumPy headers are read first; data is read only once every declared type, shape and size has
 been accepted. Pickles are never loaded.
@@ -33,7 +33,7 @@ class Array:
     optional: bool = False
 
 
-_KINDS = {"iu": "integers", "f": "floats"}
+_KINDS = {"iu": "integers", "f": "floats", "U": "text"}
 
 
 def read_npz(
@@ -50,7 +50,7 @@ def read_npz(
     if not os.path.isfile(path):  # before opening: a pipe or a device would block
         raise ValueError(f"{path}: expected an npz file, found {'something else' if os.path.exists(path) else 'none'}")
     try:
-        _check_directory(path)
+        check_directory(path)
         with zipfile.ZipFile(path) as archive:
             members = {}
             for name, array in expected.items():
@@ -76,7 +76,7 @@ def read_npz(
         raise ValueError(f"{path}: expected an npz (zip) file, found {str(error).lower()}") from None
 
 
-def _check_directory(path: str) -> None:
+def check_directory(path: str) -> None:
     """Bound the number of members before zipfile reads the directory, which it does at once and whole."""
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)

@@ -1,0 +1,388 @@
+"""Fit the affinity generator to a recorded trace, layer by layer, by simulated moments.
+
+What is looked for in a layer is how a token's variance is shared between the generator's parts (sequence, slow, fast,
+token, independent noise), how many latent factors work, and how expert popularity follows from the measured loads. The
+loads of few sequences hold those sequences' own preferences, so popularity is not copied but mapped: mu = b (u + c (u^2 -
+mean u^2)) with u the probit of an expert's share, b and c fitted so that *synthetic* traces of the same sequences have
+the measured imbalance. Moments are all of `statistics`; the minimiser is Levenberg-Marquardt on logarithms with common
+random numbers, residuals beyond 20 % weighing less and less. Memory (correlations of the slow and fast parts, the shared
+prefix) is common to all layers and read off the measured latent kernel; the logit scale follows from the gate weights.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from sim.fitting import statistics as stat
+from sim.fitting.synthesis import Draw, draw, gate_weights, route
+from sim.tokens import F64, I16
+from sim.traces import RecordedTrace
+from sim.traffic import TrafficShape
+from sim.traffic.affinity import Affinity, LayerValues
+from sim.traffic.topics import Topic
+
+MAX_RANK = 16
+PARTS = ("sequence_variance", "slow_variance", "fast_variance", "token_variance")
+_SHARED = 0.75  # of experts that two sequences' tokens at one position share, in a prefix common to all
+_MOST_SHARED = 0.8  # of a token's variance in parts with memory, as the latent kernel sees it
+_MIN_TOKENS = 512
+_SEEDS_TOKENS = 24_000  # tokens simulated per evaluation, over several seeds
+_MAX_SEEDS = 4
+
+
+class Free(NamedTuple):
+    """A parameter that is looked for: where it starts, its bounds, and the step of its finite difference."""
+
+    start: float
+    low: float
+    high: float
+    step: float
+
+
+# Shares of variance are logarithms of their ratio to the independent noise's.
+FREE = {
+    "sequence_variance": Free(-0.5, -6.0, 4.0, 0.4),
+    "slow_variance": Free(-0.3, -6.0, 4.0, 0.4),
+    "fast_variance": Free(1.5, -6.0, 5.0, 0.4),
+    "token_variance": Free(-0.5, -6.0, 4.0, 0.4),
+    "popularity_slope": Free(-0.1, -1.6, 1.2, 0.12),  # log b
+    "popularity_curve": Free(0.0, -0.6, 0.6, 0.12),  # c
+    "latent_rank": Free(float(np.log(8.0)), 0.4, float(np.log(MAX_RANK)), 0.2),
+    "basis_tail": Free(-2.3, -4.6, 2.3, 0.5),
+    "logit_scale": Free(0.0, -3.0, 3.0, 0.1),
+    "topic_factor": Free(-1.2, -3.5, 0.7, 0.3),
+}
+
+
+class Memory(NamedTuple):
+    """What all layers share."""
+
+    slow_correlation: float
+    fast_correlation: float
+    prefix_length: int
+
+
+class FittedLayer(NamedTuple):
+    """One layer's fit: what was looked for (`FREE`), the generator's values it means, and the trace's statistics."""
+
+    layer: int
+    theta: dict[str, float]
+    values: LayerValues
+    statistics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A generator fitted to a trace."""
+
+    trace: RecordedTrace
+    memory: Memory
+    layers: tuple[FittedLayer, ...]
+    renormalised: bool
+    domains: tuple[str, ...]
+
+    @property
+    def real(self) -> list[dict[str, float]]:
+        return [layer.statistics for layer in self.layers]
+
+
+def fit(
+    trace: RecordedTrace,
+    *,
+    seed: int = 0,
+    jobs: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, all_: None,
+) -> Fitted:
+    """Return the generator fitted to ``trace``; ``progress(done, all)`` is called after each layer.
+
+    Raises ValueError for a trace of fewer than 512 tokens, or whose experts are all or nothing.
+    """
+    if trace.n_tokens < _MIN_TOKENS:
+        raise ValueError(f"trace: expected at least {_MIN_TOKENS} tokens, found {trace.n_tokens}")
+    if trace.topk_ids.shape[2] >= trace.n_routed_experts:
+        raise ValueError(f"trace: expected fewer experts per token than experts, found {trace.topk_ids.shape[2]}")
+    where = stat.layout(trace.seqlens, trace.domain_of_sequence)
+    real = [statistics_of(trace, row, where) for row in range(len(trace.layers))]
+    memory = Memory(*correlations(real), shared_prefix(trace))
+    domains = _domains(trace)
+    renormalised = trace.topk_weights is not None and bool(np.median(trace.topk_weights.sum(axis=2)) > 0.97)
+    job = _Job(trace, where, memory, domains, renormalised, seed)
+    found: list[FittedLayer] = []
+    workers = min(jobs or os.cpu_count() or 1, len(real))
+    if workers == 1:
+        for row, measured in enumerate(real):
+            found.append(_fit_layer(job, row, measured))
+            progress(len(found), len(real))
+    else:
+        with ProcessPoolExecutor(workers, initializer=_remember, initargs=(job,)) as pool:
+            for layer in pool.map(_fit_remembered, range(len(real)), real):
+                found.append(layer)
+                progress(len(found), len(real))
+    return Fitted(trace, memory, tuple(found), renormalised, domains)
+
+
+def statistics_of(trace: RecordedTrace, row: int, where: stat.Layout) -> dict[str, float]:
+    """Return the statistics of layer position ``row`` of ``trace``."""
+    weights = None if trace.topk_weights is None else trace.topk_weights[row]
+    return stat.layer_statistics(trace.topk_ids[row], trace.n_routed_experts, where, weights)
+
+
+def correlations(real: Sequence[dict[str, float]]) -> tuple[float, float]:
+    """Return the (slow, fast) AR(1) correlations whose kernels a + b slow^d + c fast^d (a, b, c >= 0, per layer) fit best."""
+    from scipy.optimize import nnls
+
+    lags = [lag for lag in stat.LAGS if all(f"latent_lag_{lag}" in layer for layer in real)]
+    if len(lags) < 3:
+        return 0.93, 0.42
+    kernels = np.array([[layer[f"latent_lag_{lag}"] for lag in lags] for layer in real])
+    distance = np.array(lags)
+
+    def error(slow: float, fast: float) -> float:
+        basis = np.stack([np.ones(len(lags)), slow**distance, fast**distance], axis=1)
+        return float(sum(_least(basis, kernel) for kernel in kernels))
+
+    def _least(basis: F64, kernel: F64) -> float:
+        shares, residual = nnls(basis, kernel)
+        return float(residual**2 + max(0.0, shares.sum() - _MOST_SHARED) ** 2)
+
+    grid = [
+        (slow, fast)
+        for slow in (0.8, 0.86, 0.9, 0.93, 0.95, 0.97)
+        for fast in (0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6)
+    ]
+    return min(grid, key=lambda pair: error(*pair))
+
+
+def shared_prefix(trace: RecordedTrace) -> int:
+    """Return how many leading tokens all sequences route (almost) alike: a shared prompt's length, 0 without one."""
+    lengths = trace.seqlens
+    starts = np.cumsum(lengths) - lengths
+    if len(lengths) < 4:
+        return 0
+    k, n_experts = trace.topk_ids.shape[2], trace.n_routed_experts
+    for position in range(int(lengths.max())):
+        there = starts[lengths > position] + position
+        n = len(there)
+        if n < max(4, 0.9 * len(lengths)):
+            return position
+        pairs = 0.0
+        for layer in trace.topk_ids[:, there]:
+            count = np.bincount(layer.ravel(), minlength=n_experts)
+            pairs += float((count * (count - 1)).sum()) / (n * (n - 1) * k)
+        if pairs / len(trace.layers) < _SHARED:
+            return position
+    return 0
+
+
+def _domains(trace: RecordedTrace) -> tuple[str, ...]:
+    names = sorted(set(trace.domain_of_sequence or ()))
+    return tuple(names) if len(names) > 1 else ()
+
+
+class _Job(NamedTuple):
+    trace: RecordedTrace
+    where: stat.Layout
+    memory: Memory
+    domains: tuple[str, ...]
+    renormalised: bool
+    seed: int
+
+
+_REMEMBERED: list[_Job] = []
+
+
+def _remember(job: _Job) -> None:
+    _REMEMBERED[:] = [job]
+
+
+def _fit_remembered(row: int, real: dict[str, float]) -> FittedLayer:
+    return _fit_layer(_REMEMBERED[0], row, real)
+
+
+def generator(trace: RecordedTrace, memory: Memory, domains: Sequence[str]) -> tuple[Affinity, TrafficShape]:
+    """Return a config that draws every part, and the shape, for synthetic traces of the sequences of ``trace``."""
+    n_layers, _, k = trace.topk_ids.shape
+    config = Affinity(
+        tokens_per_rank=1,
+        sequence_length=max(1, int(trace.seqlens.max())),
+        topic_tree=tuple(Topic(name=name, popularity_sd=1.0) for name in domains)
+        or (Topic(name="all", popularity_sd=0.0),),
+        latent_rank=MAX_RANK,
+        sequence_variance=0.2,
+        slow_variance=0.2,
+        slow_correlation=memory.slow_correlation,
+        fast_variance=0.2,
+        fast_correlation=memory.fast_correlation,
+        token_variance=0.2,
+        prefix_length=memory.prefix_length,
+        layer_profile=None,
+    )
+    return config, TrafficShape(n_layers, trace.n_routed_experts, k, 1)
+
+
+def draws(job: _Job, seeds: Sequence[int]) -> list[Draw]:
+    """Return the latents of the job's sequences, one `Draw` per seed."""
+    config, shape = generator(job.trace, job.memory, job.domains)
+    names = job.trace.domain_of_sequence or ()
+    topics = [job.domains.index(name) for name in names] if job.domains else None
+    return [draw(config, shape, job.trace.seqlens, seed, topics) for seed in seeds]
+
+
+@functools.lru_cache(maxsize=1)
+def _fitting_draws(key: int, n_seeds: int) -> list[Draw]:
+    """Draws serve all layers of a process; ``key`` is the identity of the job in `_REMEMBERED`."""
+    job = _REMEMBERED[0]
+    return draws(job, [job.seed + 1000 + i for i in range(n_seeds)])
+
+
+def _fit_layer(job: _Job, row: int, real: dict[str, float]) -> FittedLayer:
+    if not _REMEMBERED or _REMEMBERED[0] is not job:
+        _remember(job)
+    n_seeds = int(np.clip(_SEEDS_TOKENS // job.trace.n_tokens, 1, _MAX_SEEDS))
+    synthetic = _fitting_draws(id(job), n_seeds)
+    probits = probits_of(job.trace, row, job.memory.prefix_length)
+    k, n_experts = job.trace.topk_ids.shape[2], job.trace.n_routed_experts
+    names = _free(job, real)
+
+    def values(theta: F64) -> LayerValues:
+        return values_of(dict(zip(names, theta.tolist(), strict=True)), probits)
+
+    def simulate(theta: F64) -> dict[str, float]:
+        found = [
+            synthetic_layer(one, row, values(theta), k, n_experts, job.where, job.renormalised) for one in synthetic
+        ]
+        return {name: float(np.mean([each[name] for each in found])) for name in real}
+
+    theta = minimise(lambda theta: residuals(real, simulate(theta)), [FREE[name] for name in names])
+    return FittedLayer(job.trace.layers[row], dict(zip(names, theta.tolist(), strict=True)), values(theta), real)
+
+
+def _free(job: _Job, real: dict[str, float]) -> list[str]:
+    """Return the parameters that the trace says something about."""
+    unknown = set()
+    if not job.domains:
+        unknown.add("topic_factor")
+    if "weight_rank_1" not in real:
+        unknown.add("logit_scale")
+    return [name for name in FREE if name not in unknown]
+
+
+def synthetic_layer(
+    one: Draw, row: int, values: LayerValues, k: int, n_experts: int, where: stat.Layout, renormalised: bool
+) -> dict[str, float]:
+    """Return the statistics of MoE layer ``row`` of a synthetic trace, gate weights included."""
+    logits = one.logits(row, values)
+    ids = route(logits, k)
+    return stat.layer_statistics(ids, n_experts, where, gate_weights(logits, ids, renormalised))
+
+
+def probits_of(trace: RecordedTrace, row: int, prefix_length: int) -> F64:
+    """Return probit of each expert's share of the tokens behind the shared prefix, centred."""
+    from scipy.stats import norm
+
+    starts = np.repeat(np.cumsum(trace.seqlens) - trace.seqlens, trace.seqlens)
+    body = np.arange(trace.n_tokens) - starts >= prefix_length
+    if int(body.sum()) < _MIN_TOKENS:
+        body[:] = True
+    ids: I16 = trace.topk_ids[row][body]
+    share = np.bincount(ids.ravel(), minlength=trace.n_routed_experts) / len(ids)
+    probit = norm.ppf(np.clip(share, 0.5 / len(ids), 1 - 0.5 / len(ids)))
+    centred: F64 = probit - probit.mean()
+    return centred
+
+
+def values_of(theta: dict[str, float], probits: F64) -> LayerValues:
+    """Return the generator's values for parameters ``theta`` (`FREE`) and an expert popularity of shape ``probits``."""
+    ratio = {name: float(np.exp(theta[name])) if name in theta else 0.0 for name in PARTS}
+    whole = 1.0 + sum(ratio.values())
+    curved = probits + theta["popularity_curve"] * (probits**2 - (probits**2).mean())
+    popularity = np.exp(theta["popularity_slope"]) * curved
+    return LayerValues(
+        logit_scale=float(np.exp(theta.get("logit_scale", 0.0))),
+        popularity=tuple(float(value) for value in popularity),
+        popularity_sd=float(popularity.std()),
+        topic_factor=float(np.exp(theta["topic_factor"])) if "topic_factor" in theta else 0.0,
+        latent_rank=float(np.exp(theta["latent_rank"])),
+        basis_tail=float(np.exp(theta["basis_tail"])),
+        iid_variance=1.0 / whole,
+        **{name: value / whole for name, value in ratio.items()},
+    )
+
+
+def residuals(real: dict[str, float], synthetic: dict[str, float]) -> F64:
+    """Return one number per statistic, 0.2 where it is 20 % off: log ratios, or differences for those near 0."""
+    found = []
+    for name, value in real.items():
+        near = next((gap for prefix, gap in stat.NEAR_ZERO.items() if name.startswith(prefix)), None)
+        if near is not None:
+            found.append((synthetic[name] - value) * stat.TOLERANCE / max(near, stat.TOLERANCE * abs(value)))
+        else:
+            tiny = 1e-6
+            found.append(float(np.log(max(synthetic[name], tiny) / max(value, tiny))))
+    return np.array(found)
+
+
+def minimise(function: Callable[[F64], F64], free: Sequence[Free], n_rounds: int = 7) -> F64:
+    """Return the parameters with the least soft-L1 loss found by Levenberg-Marquardt, within bounds."""
+    start, low, high, step = np.array(free).T
+    n_free = len(free)
+
+    def loss(r: F64) -> float:
+        return float((np.sqrt(1 + (r / 0.15) ** 2) - 1).sum())
+
+    theta: F64 = start.copy()
+    now = function(theta)
+    damping = 0.1
+    jacobian = np.zeros((len(now), n_free))
+    fresh = False
+    for _ in range(n_rounds):
+        if not fresh:
+            for i in range(n_free):
+                h = step[i] if theta[i] + step[i] <= high[i] else -step[i]
+                moved = theta.copy()
+                moved[i] += h
+                jacobian[:, i] = (function(moved) - now) / h
+            fresh = True
+        weight = 1 / np.sqrt(1 + (now / 0.15) ** 2)
+        normal = (jacobian * weight[:, None]).T @ jacobian
+        gradient = (jacobian * weight[:, None]).T @ now + 0.02 * (theta - start)
+        for _ in range(3):
+            system = normal + np.diag(damping * (np.diag(normal) + 0.05)) + 0.02 * np.eye(n_free)
+            move = np.clip(np.linalg.solve(system, -gradient), -3 * step, 3 * step)
+            tried = np.clip(theta + move, low, high)
+            then = function(tried)
+            if loss(then) < loss(now):
+                gain = loss(now) - loss(then)
+                theta, now, damping, fresh = tried, then, damping / 4, False
+                break
+            damping *= 5
+        else:
+            break
+        if gain < 0.02:
+            break
+    return theta
+
+
+def synthetic_statistics(
+    fitted: Fitted, seeds: Sequence[int], trace: RecordedTrace | None = None
+) -> list[dict[str, float]]:
+    """Return each layer's statistics of synthetic traces, averaged over ``seeds``.
+
+    trace: whose sequences to imitate (default: the fitted one's).
+    """
+    target = trace or fitted.trace
+    where = stat.layout(target.seqlens, target.domain_of_sequence)
+    job = _Job(target, where, fitted.memory, fitted.domains, fitted.renormalised, 0)
+    k, n_experts = target.topk_ids.shape[2], target.n_routed_experts
+    total: list[list[dict[str, float]]] = [[] for _ in fitted.layers]
+    for one in draws(job, seeds):
+        for row, layer in enumerate(fitted.layers):
+            total[row].append(synthetic_layer(one, row, layer.values, k, n_experts, where, fitted.renormalised))
+    return [{name: float(np.mean([each[name] for each in seen])) for name in seen[0]} for seen in total]

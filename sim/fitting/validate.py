@@ -1,0 +1,87 @@
+"""How well a fit speaks of what it has not seen: other sequences, other layers, other tasks.
+
+Every answer is the share of (layer, statistic) pairs within 20 % (`statistics.equal`), beside the same share between two
+halves of the trace itself: no model of one half can be expected to do better on the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from sim.fitting import statistics as stat
+from sim.fitting.fit import Fitted, FittedLayer, Memory, fit, probits_of, statistics_of, synthetic_statistics, values_of
+from sim.traces import RecordedTrace
+
+SEEDS = (1, 2, 3, 4)
+"""Seeds of reported synthetic traces; fitting uses others."""
+
+_Progress = Callable[[int, int], None]
+
+
+def measured(trace: RecordedTrace) -> list[dict[str, float]]:
+    """Return the statistics of every layer of ``trace``."""
+    where = stat.layout(trace.seqlens, trace.domain_of_sequence)
+    return [statistics_of(trace, row, where) for row in range(len(trace.layers))]
+
+
+def halves(trace: RecordedTrace, seed: int, jobs: int | None, progress: _Progress) -> dict[str, float]:
+    """Fit on every other sequence, compare with the statistics of the rest; ``noise`` compares the halves themselves.
+
+    Raises ValueError for a single sequence.
+    """
+    n = len(trace.seqlens)
+    if n < 2:
+        raise ValueError(f"trace: expected at least 2 sequences to halve, found {n}")
+    one, other = (trace.part(sequences=range(first, n, 2)) for first in (0, 1))
+    fitted = fit(one, seed=seed, jobs=jobs, progress=progress)
+    real = measured(other)
+    return {
+        "halves": stat.share_within(real, synthetic_statistics(fitted, SEEDS, other)),
+        "noise": stat.share_within(real, measured(one)),
+    }
+
+
+def depth(fitted: Fitted) -> dict[str, float]:
+    """Predict every second layer's parameters from its neighbours; of its own, only the popularity is known.
+
+    Raises ValueError for fewer than three layers.
+    """
+    rows = range(1, len(fitted.layers) - 1, 2)
+    if not rows:
+        raise ValueError(f"trace: expected at least 3 layers, found {len(fitted.layers)}")
+    guessed = list(fitted.layers)
+    for row in rows:
+        guessed[row] = _guess(fitted, row, [fitted.layers[row - 1].theta, fitted.layers[row + 1].theta], fitted.memory)
+    synthetic = synthetic_statistics(replace(fitted, layers=tuple(guessed)), SEEDS)
+    real = fitted.real
+    return {"depth": stat.share_within([real[row] for row in rows], [synthetic[row] for row in rows])}
+
+
+def transfer(fitted: Fitted, others: Sequence[Fitted]) -> dict[str, float]:
+    """Predict a trace's parameters from fits of ``others`` (the mean of each layer); known are popularity and prefix.
+
+    Raises ValueError if the others lack its layers.
+    """
+    if not others or any(len(other.layers) != len(fitted.layers) for other in others):
+        raise ValueError(
+            f"others: expected traces of {len(fitted.layers)} layers, found {[len(o.layers) for o in others]}"
+        )
+    memory = Memory(
+        float(np.mean([other.memory.slow_correlation for other in others])),
+        float(np.mean([other.memory.fast_correlation for other in others])),
+        fitted.memory.prefix_length,
+    )
+    guessed = tuple(
+        _guess(fitted, row, [other.layers[row].theta for other in others], memory) for row in range(len(fitted.layers))
+    )
+    synthetic = synthetic_statistics(replace(fitted, layers=guessed, memory=memory), SEEDS)
+    return {"transfer": stat.share_within(fitted.real, synthetic)}
+
+
+def _guess(fitted: Fitted, row: int, thetas: Sequence[dict[str, float]], memory: Memory) -> FittedLayer:
+    own = fitted.layers[row]
+    theta = {name: float(np.mean([found.get(name, value) for found in thetas])) for name, value in own.theta.items()}
+    return own._replace(theta=theta, values=values_of(theta, probits_of(fitted.trace, row, memory.prefix_length)))
