@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Any
 
 from sim.cluster import Topology
@@ -31,11 +32,16 @@ FAMILIES: dict[str, type[Plugin]] = {
 def listing() -> str:
     """Return all kinds, one line each: where it goes in a scenario, its name and its first sentence."""
     rows = [
-        (where, kind, (inspect.getdoc(cls) or "").split("\n")[0])
+        (where, kind, _first_sentence(inspect.getdoc(cls) or ""))
         for where, base in FAMILIES.items()
         for kind, cls in members(base).items()
     ]
-    return "\n".join(f"{where:<22} {kind:<16} {text}" for where, kind, text in rows)
+    return "\n".join(f"{where:<22} {kind:<18} {text}" for where, kind, text in rows)
+
+
+def _first_sentence(text: str) -> str:
+    paragraph = " ".join(text.partition("\n\n")[0].split())
+    return re.split(r"(?<=\.) (?=[A-Z])", paragraph)[0]
 
 
 def schema() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A tally at count level: some ranks are routed token by token, the counts of the others are drawn (see `countlevel`)."""
+"""A tally at count level: a pilot is routed token by token, the counts of all other ranks are drawn (see `countlevel`)."""
 
 from __future__ import annotations
 
@@ -6,99 +6,114 @@ from functools import partial
 
 import numpy as np
 
-from sim.countlevel import CountLaw, fit, whole
-from sim.exchange import is_token_in_rank
+from sim.conservation import ConservationError
+from sim.countlevel import Cut, block_counts, draw, joined
 from sim.gating import Choices, Router
 from sim.kernels.choose import Kernels
 from sim.rng import stream
 from sim.scenario import Scenario
-from sim.tally import Counts, Tally, by_group
-from sim.tokens import F64, I64, Tokens
+from sim.tally import Counts, Tally
+from sim.tokens import F64, I32, I64, Tokens
 
 
 class DrawnTally(Tally):
-    """As `Tally`; ``take`` sees the pilot's ranks only, ``record`` draws the rest.
+    """As `Tally`; ``take`` sees a pilot only, ``record`` draws the rest.
 
-    A gate that stands still under stationary traffic keeps its first pilot; any other is piloted anew in every step. Kept
-    affinity, topics and sequences are those of the pilot. Draws share their random streams between policies.
+    A gate that stands still under stationary traffic is piloted once, before the first step, and all ranks of all steps
+    are drawn; any other is piloted by the first ranks of every step, and that step's other ranks are drawn. Kept affinity,
+    topics and sequences are those of the pilot. Which blocks are picked depends on replica and step alone, so layers, and
+    policies whose pilots are of one size, meet the same tokens.
     """
 
     def __init__(self, scenario: Scenario, index: int, replica: int, layer: int, kernels: Kernels) -> None:
         super().__init__(scenario, index, replica, layer, kernels)
-        self.stands_still = not self.learns and scenario.traffic.stationary
-        self.pilot_ranks = scenario.steps.pilot_ranks
-        self.stream = partial(stream, scenario.seed, "counts", replica, layer)
-        self.k = self.gate.k
-        self.law: CountLaw | None = None
+        self.pilots_once = scenario.pilots_once(self.policy)
+        self.pilot_ranks, self.group_ranks = scenario.steps.pilot_ranks, scenario.parallel.ep_size
+        self.stream = partial(stream, scenario.seed, "counts", replica)
+        self.piloting = False
 
     @property
     def wants_tokens(self) -> bool:
-        return self.law is None or not self.stands_still
+        return not self.pilots_once
 
     def reset(self, n_ranks: int, *, measure: bool, warming_up: bool = False) -> None:
-        super().reset(n_ranks, measure=not warming_up)
-        self.report = measure
-        self.units: list[F64] = []
-        self.unit_tokens: list[I64] = []
+        super().reset(n_ranks, measure=measure)
+        self.piloting = not (warming_up or self.pilots_once)
+        if self.piloting:
+            self.found: list[tuple[Cut, I32]] = []
+            self.sampled_ranks = min(self.pilot_ranks, n_ranks)
+
+    def begin_pilot(self) -> None:
+        """Expect the tokens of the one pilot of a gate that stands still."""
+        super().reset(self.pilot_ranks, measure=False)
+        self.piloting, self.found = True, []
+        self.topic_kept: I64 = np.zeros((self.n_topics, self.experts), dtype=np.int64)
+        self.per_sequence: list[tuple[int, F64]] = []
+
+    def end_pilot(self) -> None:
+        """Keep what the pilot showed for all steps."""
+        self.cut, self.blocks = joined(self.found, self.micro_batches)
+        self.piloting, self.found = False, []
+        if self.per_sequence:  # one entry instead of one per rank: every step reads them
+            lengths, values = zip(*self.per_sequence, strict=True)
+            self.per_sequence = [(sum(lengths), np.concatenate(values))]
+        self.pilot = (
+            self.kept_affinity,
+            self.best_affinity,
+            self.natural,
+            self.topic_kept,
+            self.topic_kept,
+            self.per_sequence,
+        )
 
     def take(self, tokens: Tokens, parts: list[Choices], router: Router | None) -> None:
         super().take(tokens, parts, router)
-        if not self.measure:
+        if not self.piloting:
             return
-        ids = np.concatenate([choices.kept for choices in parts])
-        size = tokens.n_tokens // self.micro_batches
-        sequence = np.zeros(len(ids), np.int32) if tokens.sequence is None else tokens.sequence
-        part = np.arange(len(ids)) // size
-        starts = np.flatnonzero(np.r_[True, (sequence[1:] != sequence[:-1]) | (part[1:] != part[:-1])])
-        lengths = np.diff(np.r_[starts, len(ids)])
-        unit = np.repeat(np.arange(len(starts), dtype=np.int32), lengths)
-        hit = is_token_in_rank(ids, self.result.expert_rank, self.n_ranks)
-        nodes = np.logical_or.reduceat(hit, np.arange(0, self.n_ranks, self.ranks_per_node), axis=1)
-        self.units.append(
-            np.concatenate(
-                [
-                    by_group(unit, ids, len(starts), self.experts),
-                    np.add.reduceat(hit, starts, axis=0, dtype=np.int64),
-                    np.add.reduceat(nodes, starts, axis=0, dtype=np.int64),
-                ],
-                axis=1,
-            ).astype(np.float64)
-        )
-        self.unit_tokens.append(lengths)
+        ids = parts[0].kept if len(parts) == 1 else np.concatenate([choices.kept for choices in parts])
+        cut = Cut.of(tokens.sequence, tokens.n_tokens, self.micro_batches)
+        blocks = block_counts(ids, cut, self.result.expert_rank, self.group_ranks, self.ranks_per_node, self.experts)
+        # Every draw is a sum of blocks, so what holds for the pilot's blocks, counted twice, holds for all.
+        found = blocks.sum(axis=(0, 1), dtype=np.int64)
+        copies = self.gate.kernels.distinct_groups(ids, self.result.expert_rank, self.group_ranks)
+        if not np.array_equal(found[: self.experts], self.kept[:, tokens.rank].sum(axis=0)):
+            raise ConservationError("C1 a pilot's blocks hold its tokens' experts")
+        if int(found[self.experts : self.experts + self.group_ranks].sum()) != copies:
+            raise ConservationError("C2 a pilot's blocks hold its copies to ranks")
+        self.found.append((cut, blocks))
+        if self.pilots_once:
+            size = tokens.n_tokens // self.micro_batches
+            for part in range(self.micro_batches):
+                rows = slice(part * size, (part + 1) * size)
+                self._take_groups(tokens, rows, ids[rows])
 
     def record(self, step: int, tokens_per_rank: int) -> None:
         first = 0
-        if self.units:
-            first = self.pilot_ranks
-            self.law = fit(np.concatenate(self.units), np.concatenate(self.unit_tokens))
-            self.pilot = (self.kept_affinity, self.best_affinity, self.topic_kept, self.topic_asked, self.per_sequence)
+        if self.pilots_once:
+            (
+                self.kept_affinity,
+                self.best_affinity,
+                self.natural,
+                self.topic_kept,
+                self.topic_asked,
+                self.per_sequence,
+            ) = self.pilot
         else:
-            self.kept_affinity, self.best_affinity, self.topic_kept, self.topic_asked, self.per_sequence = self.pilot
-        self._draw(step, first, tokens_per_rank // self.micro_batches)
-        self.measure = self.report
+            first = len(self.found)
+            self.cut, self.blocks = joined(self.found, self.micro_batches)
+        if first < self.n_ranks:
+            self._draw(step, first, tokens_per_rank // self.micro_batches)
         super().record(step, tokens_per_rank)
 
     def _draw(self, step: int, first: int, size: int) -> None:
-        """Fill the counts of ranks ``first``... with draws that keep every law of `sim.conservation`."""
-        assert self.law is not None
-        ranks, experts, n_nodes = self.n_ranks, self.experts, self.node_tokens.shape[2]
-        n = (ranks - first) * self.micro_batches
-        drawn = self.law.draw(self.stream(step), size, n)
-        loads = whole(drawn[:, :experts], size * self.k, size)
-        order = np.argsort(self.result.expert_rank, kind="stable")
-        pairs = loads[:, order].reshape(n, ranks, -1).sum(axis=2)
-        low = -(-pairs // max(1, experts // ranks))
-        hits = np.clip(np.rint(drawn[:, experts : experts + ranks]).astype(np.int64), low, np.minimum(pairs, size))
-        starts = np.arange(0, ranks, self.ranks_per_node)
-        copies = np.add.reduceat(hits, starts, axis=1)
-        low = np.maximum.reduceat(hits, starts, axis=1)
-        nodes = np.clip(np.rint(drawn[:, -n_nodes:]).astype(np.int64), low, np.minimum(copies, size))
-        shape = (self.micro_batches, ranks - first, -1)
-        self.kept[:, first:] = self.asked[:, first:] = loads.reshape(shape)
-        self.rank_tokens[:, first:], self.node_tokens[:, first:] = hits.reshape(shape), nodes.reshape(shape)
-        self.copies[:, first:, 0] = self.rank_tokens[:, first:].sum(axis=2)
-        self.copies[:, first:, 1] = self.node_tokens[:, first:].sum(axis=2)
-        self.pairs[:, first:] = size * self.k
+        """Fill the counts of ranks ``first``..."""
+        drawn = draw(self.blocks, self.cut, self.stream(step), self.n_ranks - first, self.micro_batches)
+        experts, ranks, nodes = np.split(drawn, [self.experts, self.experts + self.group_ranks], axis=2)
+        self.kept[:, first:] = self.asked[:, first:] = experts
+        if self.measure:
+            self.rank_tokens[:, first:], self.node_tokens[:, first:] = ranks, nodes
+            self.copies[:, first:, 0], self.copies[:, first:, 1] = ranks.sum(axis=2), nodes.sum(axis=2)
+            self.pairs[:, first:] = size * self.gate.k
 
 
 def tally(scenario: Scenario, index: int, replica: int, layer: int, kernels: Kernels) -> Tally:

@@ -138,6 +138,24 @@ def terminal(result: Result) -> str:
     return "\n".join([*parts, *notes, *_remarks(result.scenario)])
 
 
+def _count_level(scenario: Scenario) -> list[str]:
+    """Which ranks were routed and which drawn, and the error that the pilot leaves."""
+    ranks, pilot = scenario.parallel.ep_size, scenario.steps.pilot_ranks
+    gates = [policy for policy in scenario.policies if scenario.model_of(policy).is_moe]
+    moving = [policy.name for policy in gates if not scenario.pilots_once(policy)]
+    lines = []
+    if len(moving) < len(gates):
+        lines.append(
+            f"count level: all ranks of all steps are drawn from blocks of a pilot of {pilot} ranks, whose means err by "
+            f"{(ranks / pilot) ** 0.5:.2f} times the sampling noise of one step; that lifts MaxVio"
+        )
+    if moving and pilot < ranks:
+        lines.append(
+            f"{', '.join(moving)}: of each step's {ranks} ranks {pilot} are routed token by token, the others drawn from them"
+        )
+    return lines
+
+
 def _remarks(scenario: Scenario) -> list[str]:
     """What the pieces of the gates, the assumed dynamics and the traffic want the reader to know, each thing once."""
     remarks: dict[str, list[str]] = {}
@@ -150,8 +168,5 @@ def _remarks(scenario: Scenario) -> list[str]:
     lines += [f"all policies: {rule.note(scenario.model)}" for rule in scenario.router_dynamics]
     lines += [f"traffic: {caveat}" for caveat in scenario.traffic.caveats]
     if scenario.steps.resolution == "count":
-        lines.append(
-            f"count level: of each step's {scenario.parallel.ep_size} ranks {scenario.steps.pilot_ranks} are routed token by "
-            "token, the loads of the others are drawn from their mean and covariance"
-        )
+        lines += _count_level(scenario)
     return [part for line in lines for part in textwrap.wrap(line, 120, subsequent_indent="  ")]

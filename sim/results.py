@@ -32,6 +32,8 @@ METRICS = (
     Metric("max_vio_global", "MaxVio global", 3),
     Metric("max_vio_global_floor", "(floor)", 3),
     Metric("device_max_over_mean", "device max/mean", 3),
+    Metric("balancedness_sum", "balancedness (vLLM)", 3),
+    Metric("balancedness_mean", "balancedness (SGLang)", 3),
     Metric("nodes_per_token", "nodes /token", 3),
     Metric("devices_per_token", "devices /token", 3),
     Metric("inter_node_bytes", "inter-node GB", 4, 1e-9),

@@ -12,15 +12,20 @@ from functools import partial
 
 import numpy as np
 
+from sim.drawn import DrawnTally
 from sim.drawn import tally as tally_of
 from sim.gating import Choices, Gate, Router
+from sim.gating.assignment import balanced_share
 from sim.gating.score import Score
 from sim.kernels.choose import choose
 from sim.rng import stream
 from sim.scenario import Policy, Scenario
-from sim.tally import Counts, Tally
+from sim.tally import Counts, Tally, spread
 from sim.tokens import F32, I16, Tokens
-from sim.traffic import Batch, TrafficShape
+from sim.traffic import Batch, Source, TrafficShape
+
+ORACLE_TOKENS = 4096
+"""Tokens of the last step, over all ranks, on which the balanced optimum is bounded."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +60,20 @@ def token_layers(scenario: Scenario) -> int:
 def token_layers_of(scenario: Scenario, policy: Policy) -> int:
     """The part of `token_layers` that one policy routes."""
     steps, warmup = scenario.steps, scenario.steps.warmup
-    learns = policy.learns or bool(scenario.router_dynamics)
     rank_steps = steps.count * scenario.parallel.ep_size
     if steps.resolution == "count":
-        rank_steps = steps.pilot_ranks * (1 if scenario.traffic.stationary and not learns else steps.count)
+        once = scenario.pilots_once(policy)
+        rank_steps = steps.pilot_ranks if once else steps.count * _routed_ranks(scenario)
     tokens = rank_steps * scenario.tokens_per_rank
     if policy.learns:
         tokens += warmup.steps * warmup.ranks * warmup.tokens_per_rank
     return tokens * scenario.model_of(policy).n_moe_layers * scenario.replicas
+
+
+def _routed_ranks(scenario: Scenario) -> int:
+    """Ranks of each step that are routed token by token, for gates that are not piloted once."""
+    ranks = scenario.parallel.ep_size
+    return min(ranks, scenario.steps.pilot_ranks) if scenario.steps.resolution == "count" else ranks
 
 
 Layers = Mapping[int, list[Tally]]
@@ -100,23 +111,52 @@ def run(task: Task) -> list[Counts]:
         for tally in _each(learners):
             tally.learn(0, gain, warming_up=True)
     measured = set(measured_steps(scenario))
-    routed = steps.pilot_ranks if steps.resolution == "count" else ranks
+    _pilot(task, source, layers)
     for step in range(steps.count):
         for tally in _each(layers):
             tally.reset(ranks, measure=step in measured)
         batch = source.batch("train", step, n_ranks=ranks, tokens_per_rank=scenario.tokens_per_rank)
-        _route(task, batch, _those(layers, lambda tally: tally.wants_tokens), routed, "train", step)
+        routed, judged = _those(layers, lambda tally: tally.wants_tokens), step == steps.count - 1
+        _route(task, batch, routed, _routed_ranks(scenario), "train", step, judged)
         for tally in _each(layers):
             tally.record(step, scenario.tokens_per_rank)
             if tally.learns:
                 tally.learn(step)
+    for tallies in layers.values():
+        _bound(tallies)
     return [layers[layer][i].finish() for i in range(len(task.policies)) for layer in task.layers]
 
 
-def _route(task: Task, batch: Batch, layers: Layers, n_ranks: int, phase: str, step: int) -> None:
+def _pilot(task: Task, source: Source, layers: Layers) -> None:
+    """Route the one pilot of the gates whose every step is drawn."""
+    steps = task.scenario.steps
+    drawn = [tally for tally in _each(layers) if isinstance(tally, DrawnTally) and tally.pilots_once]
+    if drawn:
+        n_ranks = steps.pilot_ranks
+        batch = source.batch("pilot", 0, n_ranks=n_ranks, tokens_per_rank=task.scenario.tokens_per_rank)
+        for tally in drawn:
+            tally.begin_pilot()
+        _route(task, batch, _those(layers, lambda tally: not tally.wants_tokens), n_ranks, "pilot", 0, judged=True)
+        for tally in drawn:
+            tally.end_pilot()
+
+
+def _bound(tallies: list[Tally]) -> None:
+    """Tell each tally what a perfectly balanced choice could keep of its natural affinity; equal affinities share it."""
+    found: dict[int, float] = {}
+    for tally in tallies:
+        if tally.natural:
+            key = id(tally.natural[0])
+            if key not in found:
+                found[key] = balanced_share(np.concatenate(tally.natural), tally.gate.k, tally.gate.kernels)
+            tally.result.oracle_kept_affinity = found[key]
+
+
+def _route(task: Task, batch: Batch, layers: Layers, n_ranks: int, phase: str, step: int, judged: bool = False) -> None:
     """Send the first ``n_ranks`` ranks of a batch through the gates. A rank's latents serve all its layers, so ranks are
-    outside and layers inside."""
+    outside and layers inside. judged: keep a sample of natural affinities for `_bound`."""
     training = task.scenario.schedule.phase == "training"
+    sample = -(-ORACLE_TOKENS // n_ranks) if judged else 0
     for rank in range(n_ranks):
         for layer, tallies in layers.items():
             tokens = batch.tokens(layer, rank)
@@ -126,7 +166,7 @@ def _route(task: Task, batch: Batch, layers: Layers, n_ranks: int, phase: str, s
                     tally.take(tokens, _in_parts(tally, tokens, rng, _recorded(tally.gate)), None)
                     tally.judge(1.0, 1.0)
             else:
-                _choose(tokens, tokens.logits, tallies, rng, judge=phase == "train", training=training)
+                _choose(tokens, tokens.logits, tallies, rng, judge=phase != "warmup", training=training, sample=sample)
 
 
 Draw = Callable[..., np.random.Generator]
@@ -161,31 +201,36 @@ def _routed(gate: Gate, router: Router, plain: I16 | None) -> Decide:
 
 @dataclass(frozen=True, slots=True)
 class _Natural:
-    """What tokens would like best: natural logits and affinities, the unrestricted top-k and its summed affinity."""
+    """What tokens would like best: natural logits and affinities, the unrestricted top-k and its summed affinity; and a
+    sample [<= sample, E] of the affinities."""
 
     router: Router
     plain: I16 | None
     best: float
+    sample: F32 | None = None
 
 
-def _natural(gate: Gate, tokens: Tokens, logits: F32, judge: bool) -> _Natural:
+def _natural(gate: Gate, tokens: Tokens, logits: F32, judge: bool, sample: int) -> _Natural:
     logits = gate.natural_logits(logits, tokens.topic)
     scores = gate.score.scores(logits, gate.kernels)
     if not judge:
         return _Natural(Router(logits, scores), None, 0.0)
     ones, zeros = np.ones(scores.shape[1], np.float32), np.zeros(scores.shape[1], np.float32)
     plain = gate.kernels.topk(scores, ones, zeros, gate.k)
-    return _Natural(Router(logits, scores), plain, float(gate.kernels.picked(scores, plain).sum(dtype=np.float64)))
+    best = float(gate.kernels.picked(scores, plain).sum(dtype=np.float64))
+    return _Natural(Router(logits, scores), plain, best, scores[spread(len(scores), sample)] if sample else None)
 
 
-def _choose(tokens: Tokens, logits: F32, tallies: list[Tally], rng: Draw, *, judge: bool, training: bool) -> None:
+def _choose(
+    tokens: Tokens, logits: F32, tallies: list[Tally], rng: Draw, *, judge: bool, training: bool, sample: int
+) -> None:
     """Route one rank's tokens through every gate; scores and the unrestricted top-k are shared by equal gates."""
     shared: dict[Score, _Natural] = {}
     for tally in tallies:
         gate = tally.gate
         natural = shared.get(gate.score) if gate.natural_offset is None else None
         if natural is None:
-            natural = _natural(gate, tokens, logits, judge)
+            natural = _natural(gate, tokens, logits, judge, sample)
             if gate.natural_offset is None:
                 shared[gate.score] = natural
         router, plain = natural.router, natural.plain
@@ -193,6 +238,8 @@ def _choose(tokens: Tokens, logits: F32, tallies: list[Tally], rng: Draw, *, jud
             router, plain = gate.router(logits, tokens.topic, partial(rng, "jitter"), training), None
         chosen = _in_parts(tally, tokens, rng, _routed(gate, router, plain))
         tally.take(tokens, chosen, router)
+        if natural.sample is not None:
+            tally.natural.append(natural.sample)
         if judge:
             scores = np.split(natural.router.scores, len(chosen))
             kept = (

@@ -67,10 +67,12 @@ class Steps(_Block):
     """Steps whose time is simulated."""
     warmup: Warmup = Warmup()
     resolution: Literal["token", "count"] = "token"
-    """``token``: every token is routed. ``count``: ``pilot_ranks`` are, the counts of the other ranks are drawn from their
-    mean and covariance; a gate that stands still keeps its first pilot (see `sim.countlevel`)."""
-    pilot_ranks: int = Field(default=8, gt=0)
-    """Ranks of a count-level pilot."""
+    """``token``: every token is routed. ``count``: those of a pilot are, and ranks are drawn from its blocks of tokens. A
+    gate that stands still under stationary traffic has one pilot for all steps, any other one per step (see
+    `sim.countlevel`)."""
+    pilot_ranks: int = Field(default=64, ge=2, le=65_536)
+    """Ranks' worth of tokens in a count-level pilot; in one per step at most parallel.ep_size. The pilot's mean errs by
+    sqrt(ep_size / pilot_ranks) times the sampling noise of one step."""
     record_topic_experts: bool = False
     """Whether the topics table lists the tokens of every expert (large: one number per topic and expert)."""
 
@@ -139,6 +141,10 @@ class Scenario(_Block):
 
     def parallel_of(self, policy: Policy) -> Parallel:
         return policy.parallel or self.parallel
+
+    def pilots_once(self, policy: Policy) -> bool:
+        """Whether one count-level pilot serves all steps: nothing moves the gate, nor the traffic."""
+        return self.traffic.stationary and not policy.learns and not self.router_dynamics
 
     @property
     def tokens_per_rank(self) -> int:
@@ -213,10 +219,12 @@ class Scenario(_Block):
             yield ("cluster", "inter_node"), f"{cluster.nodes} nodes need a link between them"
         if self.tokens_per_rank % self.schedule.micro_batches:
             yield ("schedule", "micro_batches"), f"must divide traffic.tokens_per_rank = {self.tokens_per_rank}"
-        if self.steps.resolution == "count" and self.steps.pilot_ranks >= self.parallel.ep_size:
+        pilot_of_all = self.steps.resolution == "count" and self.steps.pilot_ranks >= self.parallel.ep_size
+        if pilot_of_all and not any(self.pilots_once(policy) for policy in self.policies):
             yield (
                 ("steps", "pilot_ranks"),
-                f"must be < parallel.ep_size = {self.parallel.ep_size}: a pilot of every rank leaves nothing to draw",
+                f"must be < parallel.ep_size = {self.parallel.ep_size}: no gate stands still under stationary traffic, "
+                "and a pilot of every rank of every step leaves nothing to draw",
             )
         if self.schedule.overlap == "forward_backward" and self.schedule.phase == "forward":
             yield ("schedule", "overlap"), "forward_backward needs phase: training"

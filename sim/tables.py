@@ -11,6 +11,8 @@ import numpy as np
 from sim.conservation import ConservationError
 from sim.exchange import Exchange, token_bytes
 from sim.metrics.balance import (
+    balancedness_mean,
+    balancedness_sum,
     coefficient_of_variation,
     least_share,
     max_vio,
@@ -22,6 +24,7 @@ from sim.metrics.specialisation import mutual_information_bits, topic_max_vio
 from sim.rollout import measured_steps
 from sim.scenario import Scenario
 from sim.tally import Counts
+from sim.tokens import I64
 from sim.units import PS_PER_S
 
 Table = dict[str, list[Any]]
@@ -41,13 +44,18 @@ def tabulate(scenario: Scenario, counts: Mapping[tuple[int, int], list[Counts]],
         model, parallel = scenario.model_of(policy), scenario.parallel_of(policy)
         for replica in range(scenario.replicas):
             found = counts.get((replica, index), [])
-            per_layer = [_layer_rows(scenario, result) for result in found]
+            ranks = [_rank_loads(scenario, result) for result in found]
+            per_layer = [_layer_rows(scenario, result, loads) for result, loads in zip(found, ranks, strict=True)]
             head: dict[str, Any] = {"policy": policy.name, "replica": replica}
             for step in range(scenario.steps.count):
                 row = head | {"step": step}
                 rows = [{key: values[step] for key, values in layer.items()} for layer in per_layer]
                 for key in per_layer[0] if per_layer else ():
                     row[key] = float(np.mean([r[key] for r in rows]))
+                if ranks:
+                    by_layer = np.stack([loads[step] for loads in ranks])
+                    row["balancedness_sum"] = balancedness_sum(by_layer)
+                    row["balancedness_mean"] = balancedness_mean(by_layer)
                 clock = timing.get((replica, index, step))
                 exchanges = [r.exchanges[step] for r in found] if step in measured else []
                 row |= _exchange_row(scenario, index, exchanges) | _time_row(scenario, clock)
@@ -55,7 +63,7 @@ def tabulate(scenario: Scenario, counts: Mapping[tuple[int, int], list[Counts]],
                 for result, r in zip(found, rows, strict=True):
                     _append(tables["layers"], head | {"step": step, "layer": model.moe_layers[result.layer]} | r)
                 if clock:
-                    received = _device_loads(found, step, parallel.ep_size)
+                    received = sum((loads[step] for loads in ranks), np.zeros(parallel.ep_size, dtype=np.int64))
                     for device in range(parallel.ep_size):
                         parts = {f"{key}_s": float(value[device]) / PS_PER_S for key, value in clock["parts"].items()}
                         at = {"step": step, "device": device, "expert_tokens": int(received[device])}
@@ -90,11 +98,17 @@ def _k(scenario: Scenario, result: Counts) -> int:
     return max(1, round(int(result.asked.sum()) / tokens))
 
 
-def _layer_rows(scenario: Scenario, result: Counts) -> dict[str, Any]:
+def _rank_loads(scenario: Scenario, result: Counts) -> I64:
+    """[S, P] kept pairs of token and expert that each rank's experts receive."""
+    order = np.argsort(result.expert_rank, kind="stable")
+    loads = result.expert_tokens[:, order]
+    received: I64 = loads.reshape(len(loads), scenario.parallel.ep_size, -1).sum(axis=2)
+    return received
+
+
+def _layer_rows(scenario: Scenario, result: Counts, ranks: I64) -> dict[str, Any]:
     loads, steps = result.expert_tokens, len(result.expert_tokens)
     tokens = scenario.parallel.ep_size * scenario.tokens_per_rank
-    order = np.argsort(result.expert_rank, kind="stable")
-    ranks = loads[:, order].reshape(steps, scenario.parallel.ep_size, -1).sum(axis=2)
     rows: dict[str, Any] = {
         "max_vio": max_vio(loads),
         "max_vio_floor": np.full(steps, uniform_max_vio(tokens, loads.shape[1], _k(scenario, result))),
@@ -131,7 +145,7 @@ def _total_row(scenario: Scenario, result: Counts) -> dict[str, float]:
         "ripple": ripple(series),
         "offset_rms": result.offset_rms,
         "oracle_kept_affinity": result.oracle_kept_affinity,
-        "kept_against_oracle": float(result.kept_affinity.mean()) / result.oracle_kept_affinity,
+        "kept_against_oracle": float(result.kept_affinity[-1]) / result.oracle_kept_affinity,
         "specialisation_bits": math.nan,
         "topic_max_vio": math.nan,
         "dropped_worst_topic": math.nan,
@@ -201,10 +215,3 @@ def _time_row(scenario: Scenario, clock: dict[str, Any] | None) -> dict[str, flo
     if abs(sum(row[part] for part in TIME_PARTS) - row["step_time_s"]) > 1e-9 * row["step_time_s"]:
         raise ConservationError("C7 the reported parts do not sum to the step time")
     return row | {"tokens_per_s_per_gpu": scenario.tokens_per_rank / row["step_time_s"]}
-
-
-def _device_loads(found: list[Counts], step: int, n_ranks: int) -> Any:
-    total = np.zeros(n_ranks, dtype=np.int64)
-    for result in found:
-        np.add.at(total, result.expert_rank, result.expert_tokens[step])
-    return total

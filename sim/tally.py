@@ -16,7 +16,7 @@ from sim.metrics.balance import max_vio, uniform_max_vio
 from sim.placement import expert_to_rank
 from sim.rng import stream
 from sim.scenario import Scenario
-from sim.tokens import F64, I16, I32, I64, Tokens
+from sim.tokens import F32, F64, I16, I32, I64, Tokens
 
 SAMPLE_TOKENS = 16_384
 """Tokens per step and layer that rules with losses look at, over all ranks: enough for the mean of a gradient."""
@@ -88,11 +88,13 @@ class Tally:
     def reset(self, n_ranks: int, *, measure: bool, warming_up: bool = False) -> None:
         """Forget the last step; ``measure``: count the next one's exchange too."""
         parts, experts = self.micro_batches, self.experts
-        self.n_ranks, self.measure = n_ranks, measure
+        self.n_ranks = self.sampled_ranks = n_ranks
+        self.measure = measure
         self.kept: I64 = np.zeros((parts, n_ranks, experts), dtype=np.int64)
         self.asked: I64 = np.zeros((parts, n_ranks, experts), dtype=np.int64)
         self.best_affinity = self.kept_affinity = 0.0
         self.samples: list[Sample] = []
+        self.natural: list[F32] = []
         self.topic_asked: I64 = np.zeros((self.n_topics, experts), dtype=np.int64)
         if measure:
             nodes = -(-n_ranks // self.ranks_per_node)
@@ -124,11 +126,7 @@ class Tally:
             self.kept[part, rank] = layout.num_tokens_per_expert
             self.copies[part, rank] = layout.copies
             self.pairs[part, rank] = np.count_nonzero(kept >= 0)
-            if self.n_topics > 1:
-                self.topic_kept += by_group(tokens.topic[rows], kept, self.n_topics, experts)
-            if tokens.sequence is not None:
-                sequence = tokens.sequence[rows] - tokens.sequence[rows.start]
-                self.per_sequence.append((len(kept), max_vio(by_group(sequence, kept, int(sequence[-1]) + 1, experts))))
+            self._take_groups(tokens, rows, kept)
         else:
             self.kept[part, rank] = kernels.expert_tokens(kept, experts)
         if choices.asked is kept:
@@ -142,12 +140,17 @@ class Tally:
         if self.n_topics > 1 and (self.measure or self.learns):
             self.topic_asked += by_group(tokens.topic[rows], choices.asked, self.n_topics, experts)
 
+    def _take_groups(self, tokens: Tokens, rows: slice, kept: I16) -> None:
+        if self.n_topics > 1:
+            self.topic_kept += by_group(tokens.topic[rows], kept, self.n_topics, self.experts)
+        if tokens.sequence is not None:
+            sequence = tokens.sequence[rows] - tokens.sequence[rows.start]
+            counts = by_group(sequence, kept, int(sequence[-1]) + 1, self.experts)
+            self.per_sequence.append((len(kept), max_vio(counts)))
+
     def _sample(self, part: int, tokens: Tokens, rows: slice, choices: Choices, router: Router) -> None:
         n = len(choices.asked)
-        wanted = max(1, SAMPLE_TOKENS // (self.n_ranks * self.micro_batches))
-        stride = -(-n // wanted)
-        # An odd stride does not lock on to sequences whose lengths are powers of two.
-        chosen = np.arange(0, n, stride + (stride % 2 == 0))
+        chosen = spread(n, max(1, SAMPLE_TOKENS // (self.sampled_ranks * self.micro_batches)))
         at = rows.start + chosen
         sequence = np.zeros(n, np.int32) if tokens.sequence is None else tokens.sequence[rows]
         self.samples.append(
@@ -225,6 +228,13 @@ class Tally:
             learned = gate.offset if gate.natural_offset is None else gate.offset - gate.natural_offset
             result.offset_rms = float(np.sqrt(np.mean(np.square(learned, dtype=np.float64))))
         return result
+
+
+def spread(n: int, wanted: int) -> I64:
+    """Return at most ``wanted`` of the positions 0..n-1, evenly spaced."""
+    stride = -(-n // wanted)
+    # An odd stride does not lock on to sequences whose lengths are powers of two.
+    return np.arange(0, n, stride + (stride % 2 == 0))
 
 
 def _split(whole: Choices, parts: int) -> list[Choices]:

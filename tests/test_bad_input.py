@@ -245,7 +245,8 @@ def test_recorded_traffic_only_for_recorded_choices(place: Path, capsys: pytest.
     text = text.replace("select: topk", "select: recorded\n    balance: bias")
     (place / "in" / "base.yaml").write_text(text, encoding="utf-8")
     lines = refuse(place, capsys).splitlines()
-    assert lines[0] == "base.yaml:9:1: traffic: trace.npz: expected an npz file, found none"
+    missing = (place / "in" / "trace.npz").resolve()
+    assert lines[0] == f"base.yaml:9:1: traffic: {missing}: expected a trace file, found none"
     assert lines[1].startswith("base.yaml:19:5: policies.0.balance: recorded choices cannot be balanced after the fact")
     assert lines[2].startswith("base.yaml:21:5: policies.1.select: select group_limited needs logits, traffic replay")
     assert len(lines) == 3

@@ -161,7 +161,7 @@ def test_results_go_to_stdout_and_their_path_to_stderr(place: Path, capsys: pyte
     assert folder.parent == Path("out/tiny") and (place / folder / "manifest.json").is_file()
     assert [Path(name).name for name in visible(place / folder)] == [
         "devices.parquet", "experts.parquet", "layers.parquet", "manifest.json", "scenario.yaml", "steps.parquet",
-        "summary.csv",
+        "summary.csv", "topics.parquet", "totals.parquet",
     ]  # fmt: skip
 
 

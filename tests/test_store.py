@@ -55,7 +55,7 @@ def test_manifest_hashes_are_those_of_the_files(result: Result, tmp_path: Path) 
     folder = write(result, tmp_path, 1.5)
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     files = {path.name for path in folder.iterdir()}
-    assert set(manifest["sha256"]) == files - {"manifest.json"} and len(files) == 7
+    assert set(manifest["sha256"]) == files - {"manifest.json"} and len(files) == 9
     for name, digest in manifest["sha256"].items():
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
     assert manifest["events"] == result.n_events and manifest["wall_s"] == 1.5
@@ -126,7 +126,7 @@ def test_an_older_folder_is_replaced_whole(result: Result, tmp_path: Path) -> No
     (folder / "left.over").write_text("from an older version", encoding="utf-8")
     (folder / "manifest.json").unlink()
     write(result, tmp_path)
-    assert not (folder / "left.over").exists() and len(list(folder.iterdir())) == 7
+    assert not (folder / "left.over").exists() and len(list(folder.iterdir())) == 9
 
 
 PLAIN = st.one_of(

@@ -224,11 +224,11 @@ def test_combine_is_the_formula() -> None:
     rng = np.random.Generator(np.random.Philox(6))
     latents = rng.standard_normal((200, 3, 7), dtype=np.float32)
     basis, base = (rng.standard_normal((n, 20), dtype=np.float32) for n in (7, 2))
-    noise, gains = rng.standard_normal(100, dtype=np.float32), np.array([0.5, 0.25, 2.0], dtype=np.float32)
+    noise, gains = (rng.standard_normal(shape, dtype=np.float32) for shape in (100, (3, 7)))
     topic, offset = rng.integers(2, size=200, dtype=np.int32), rng.integers(80, size=200)
     got = kernel.combine(base, topic, noise, offset, 0.3, latents, gains, basis, compiled=False)
     window = noise[offset[:, None] + np.arange(20)]
-    expected = base[topic] + 0.3 * window + np.einsum("p,tpr,re->te", gains, latents, basis)
+    expected = base[topic] + 0.3 * window + np.einsum("pr,tpr,re->te", gains, latents, basis)
     assert np.allclose(got, expected, atol=1e-5)
 
 

@@ -25,13 +25,14 @@ from sim.fitting.synthesis import Draw, draw, gate_weights, route
 from sim.tokens import F64, I16
 from sim.traces import RecordedTrace
 from sim.traffic import TrafficShape
-from sim.traffic.affinity import Affinity, LayerValues
+from sim.traffic.affinity import Affinity, LayerValues, fast_correlations
 from sim.traffic.topics import Topic
 
 MAX_RANK = 16
 PARTS = ("sequence_variance", "slow_variance", "fast_variance", "token_variance")
 _SHARED = 0.75  # of experts that two sequences' tokens at one position share, in a prefix common to all
 _MOST_SHARED = 0.8  # of a token's variance in parts with memory, as the latent kernel sees it
+_SPREAD = 3.0  # of the fast parts' correlations over factors
 _MIN_TOKENS = 512
 _SEEDS_TOKENS = 24_000  # tokens simulated per evaluation, over several seeds
 _MAX_SEEDS = 4
@@ -56,6 +57,7 @@ FREE = {
     "popularity_curve": Free(0.0, -0.6, 0.6, 0.12),  # c
     "latent_rank": Free(float(np.log(8.0)), 0.4, float(np.log(MAX_RANK)), 0.2),
     "basis_tail": Free(-2.3, -4.6, 2.3, 0.5),
+    "memory_spread": Free(2.0, 0.0, 6.0, 0.5),
     "logit_scale": Free(0.0, -3.0, 3.0, 0.1),
     "topic_factor": Free(-1.2, -3.5, 0.7, 0.3),
 }
@@ -67,6 +69,7 @@ class Memory(NamedTuple):
     slow_correlation: float
     fast_correlation: float
     prefix_length: int
+    correlation_spread: float = _SPREAD
 
 
 class FittedLayer(NamedTuple):
@@ -145,7 +148,8 @@ def correlations(real: Sequence[dict[str, float]]) -> tuple[float, float]:
     distance = np.array(lags)
 
     def error(slow: float, fast: float) -> float:
-        basis = np.stack([np.ones(len(lags)), slow**distance, fast**distance], axis=1)
+        quick = fast_correlations(fast, _SPREAD, MAX_RANK)[:, None] ** distance
+        basis = np.stack([np.ones(len(lags)), slow**distance, quick.mean(axis=0)], axis=1)
         return float(sum(_least(basis, kernel) for kernel in kernels))
 
     def _least(basis: F64, kernel: F64) -> float:
@@ -220,6 +224,7 @@ def generator(trace: RecordedTrace, memory: Memory, domains: Sequence[str]) -> t
         slow_correlation=memory.slow_correlation,
         fast_variance=0.2,
         fast_correlation=memory.fast_correlation,
+        correlation_spread=memory.correlation_spread,
         token_variance=0.2,
         prefix_length=memory.prefix_length,
         layer_profile=None,
@@ -311,6 +316,7 @@ def values_of(theta: dict[str, float], probits: F64) -> LayerValues:
         topic_factor=float(np.exp(theta["topic_factor"])) if "topic_factor" in theta else 0.0,
         latent_rank=float(np.exp(theta["latent_rank"])),
         basis_tail=float(np.exp(theta["basis_tail"])),
+        memory_spread=theta["memory_spread"],
         iid_variance=1.0 / whole,
         **{name: value / whole for name, value in ratio.items()},
     )

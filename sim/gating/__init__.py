@@ -77,10 +77,15 @@ class Router:
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """[T, k] int16 expert ids, best first, -1 = none: what the tokens asked for, and what capacity let through."""
+    """[T, k] int16 expert ids, best first, -1 = none.
+
+    asked: what the tokens asked for; kept: what capacity let through. considered: what they would have asked for without
+    the draw that dismisses some (see `Select.before_chance`), or None if there is none.
+    """
 
     asked: I16
     kept: I16
+    considered: I16 | None = None
 
 
 class Gate:
@@ -192,6 +197,7 @@ class Gate:
         choices. logits: behind the scores. plain: the unrestricted top-k of ``scores`` if the caller has it, so that it
         is not computed twice.
         """
+        considered = None
         if plain is not None and self.is_plain_topk:
             asked = plain
         else:
@@ -200,30 +206,45 @@ class Gate:
             if scale.ndim > 1 or shift.ndim > 1:
                 if tokens is None:
                     raise ValueError("a bias per modality needs the tokens' topics")
-                ranked = scores * _rows(scale, tokens.topic) + _rows(shift, tokens.topic)
+                by_token = _rows(scale, tokens.topic), _rows(shift, tokens.topic)
+                ranked = scores * by_token[0] + by_token[1]
+                logits = None if logits is None else logits * by_token[0] + by_token[1]
                 scale, shift = np.ones(scores.shape[1], np.float32), np.zeros(scores.shape[1], np.float32)
-            asked = self.select.select(
-                Candidates(
-                    ranked,
-                    scale,
-                    shift,
-                    self.k,
-                    self.kernels,
-                    rng,
-                    tokens.topk_ids if tokens else None,
-                    logits,
-                    tokens.token_ids if tokens else None,
-                    self.shape.token_frequency,
-                )
+            candidates = Candidates(
+                ranked,
+                scale,
+                shift,
+                self.k,
+                self.kernels,
+                rng,
+                tokens.topk_ids if tokens else None,
+                logits,
+                tokens.token_ids if tokens else None,
+                self.shape.token_frequency,
+                scores,
             )
-        return Choices(asked, self.keep(asked, scores, tokens, rng))
+            asked = self.select.select(candidates)
+            considered = self.select.before_chance(candidates)
+        return Choices(asked, self._keep(asked, considered, scores, tokens, rng), considered)
 
-    def keep(self, asked: I16, scores: F32, tokens: Tokens | None, rng: Callable[[], np.random.Generator]) -> I16:
+    def _keep(
+        self,
+        asked: I16,
+        considered: I16 | None,
+        scores: F32,
+        tokens: Tokens | None,
+        rng: Callable[[], np.random.Generator],
+    ) -> I16:
         """Return ``asked`` [T, k] with -1 for what the capacity drops."""
         if isinstance(self.capacity, NoCapacity):
             return asked
         affinity = self.kernels.picked(scores, asked)
-        return self.capacity.keep(Asked(asked, affinity, _sequence(tokens, len(asked)), self.n_routed_experts, rng))
+        weight = self.weights(scores, asked if considered is None else considered)
+        sequence = _sequence(tokens, len(asked))
+        in_line = considered if self.select.dismissed_take_places else None
+        return self.capacity.keep(
+            Asked(asked, affinity, sequence, self.n_routed_experts, rng, self.k, weight, in_line)
+        )
 
     def keep_recorded(self, tokens: Tokens, rng: Callable[[], np.random.Generator]) -> Choices:
         """Apply the capacity to recorded choices; without recorded weights all affinities are equal."""
@@ -235,10 +256,15 @@ class Gate:
         weights = tokens.topk_weights
         affinity = np.ones(asked.shape, np.float32) if weights is None else weights
         sequence = _sequence(tokens, len(asked))
-        return Choices(asked, self.capacity.keep(Asked(asked, affinity, sequence, self.n_routed_experts, rng)))
+        kept = self.capacity.keep(Asked(asked, affinity, sequence, self.n_routed_experts, rng, self.k))
+        return Choices(asked, kept)
 
     def weights(self, scores: F32, topk_ids: I16) -> F32:
-        """Return the gate weights [T, k] float32: unbiased scores, normalised and scaled as the model says."""
+        """Return the gate weights [T, k] float32: unbiased scores, normalised and scaled as the model says.
+
+        Normalised over ``topk_ids``, which are a token's experts before capacity: what is dropped takes its share along
+        (GShard, Algorithm 1; Megatron-LM).
+        """
         weights = self.kernels.picked(scores, topk_ids)
         if self.norm_topk_prob:
             weights = weights / (weights.sum(axis=1, keepdims=True) + np.float32(1e-20))
@@ -256,7 +282,8 @@ class Gate:
             return Routing(ids, np.where(ids >= 0, weights, np.float32(0.0)))
         router = self.router(tokens.logits, tokens.topic, rng)
         choices = self.choose(router.scores, rng, tokens, logits=router.logits)
-        return Routing(choices.kept, self.weights(router.scores, choices.kept))
+        weights = self.weights(router.scores, choices.asked if choices.considered is None else choices.considered)
+        return Routing(choices.kept, np.where(choices.kept >= 0, weights, np.float32(0.0)))
 
     def update(self, seen: Seen, step: int, gain: float = 1.0, *, warming_up: bool = False) -> None:
         """Let the rules learn from a step; while warming up, the assumed dynamics of training stand still."""

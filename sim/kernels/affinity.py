@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sim.tokens import F32, I32, I64
+from sim.tokens import F32, F64, I32, I64
 
 _BLOCK = 128  # tokens per block of the NumPy form: 128 x 256 x 4 B x 2 buffers = 256 KiB, half of a usual L2
 
@@ -43,13 +43,15 @@ def heavy_tail(dof: float | None) -> tuple[float, float, float, float]:
     return raw[0] / variance**0.5, raw[1] / variance**0.5, raw[2] / variance**0.5, raw[3] / variance**0.5
 
 
-def autoregress(x: F32, correlation: float, sequence_length: int, *, compiled: bool) -> None:
+def autoregress(x: F32, correlation: F64 | float, sequence_length: int, *, compiled: bool) -> None:
     """Turn standard normals ``x`` [T, R] into unit-variance AR(1) paths along T, in place.
 
     z[t] = rho z[t-1] + sqrt(1 - rho^2) x[t], restarted (z = x) at every multiple of ``sequence_length``.
+    correlation: rho, of all columns or of each [R].
     """
-    rho = np.float32(correlation)
-    gain = np.float32((1.0 - correlation * correlation) ** 0.5)
+    each = np.broadcast_to(np.asarray(correlation, dtype=np.float64), x.shape[1:])
+    rho = each.astype(np.float32)
+    gain = np.sqrt(1.0 - each * each).astype(np.float32)
     if compiled:
         _compiled(_autoregress_loops)(x, rho, gain, sequence_length)
         return
@@ -98,8 +100,8 @@ def combine(
     """Return float32 logits [T, E]: base + noise + low-rank latents.
 
     logits[t, e] = base[topic[t], e] + noise_gain noise[offset[t] + e] + sum_r z[t, r] basis[r, e], added in that order,
-    where z[t, r] = sum_p gains[p] latents[t, p, r]. Shapes: base [topics, E], noise [>= max(offset) + E],
-    latents [T, P, R], gains [P], basis [R, E].
+    where z[t, r] = sum_p gains[p, r] latents[t, p, r]. Shapes: base [topics, E], noise [>= max(offset) + E],
+    latents [T, P, R], gains [P, R], basis [R, E].
     """
     logits = np.empty((len(topic), base.shape[1]), dtype=np.float32)
     g = np.float32(noise_gain)
@@ -139,12 +141,12 @@ def _combine_blocks(
             out += term
 
 
-def _autoregress_loops(x: F32, rho: np.float32, gain: np.float32, sequence_length: int) -> None:
+def _autoregress_loops(x: F32, rho: F32, gain: F32, sequence_length: int) -> None:
     n_tokens, rank = x.shape
     for t in range(n_tokens):
         if t % sequence_length:
             for r in range(rank):
-                x[t, r] = x[t, r] * gain + rho * x[t - 1, r]
+                x[t, r] = x[t, r] * gain[r] + rho[r] * x[t - 1, r]
 
 
 def _stretch_loops(x: F32, c0: np.float32, c1: np.float32, c2: np.float32, c3: np.float32) -> None:
@@ -173,9 +175,8 @@ def _combine_loops(
         for r in range(rank):
             z[r] = 0.0
         for p in range(n_latent):
-            gain = gains[p]
             for r in range(rank):
-                z[r] += gain * latents[t, p, r]
+                z[r] += gains[p, r] * latents[t, p, r]
         out = logits[t]
         row = base[topic[t]]
         window = noise[offset[t] : offset[t] + n_experts]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
+from sim.kernels.elementary import log
 from sim.metrics.balance import max_vio
 from sim.tokens import F64
 
@@ -20,8 +23,10 @@ def mutual_information_bits(topic_tokens: npt.ArrayLike) -> F64:
     total = counts.sum(axis=(-2, -1), keepdims=True)
     joint = counts / np.where(total > 0, total, 1.0)
     independent = joint.sum(axis=-1, keepdims=True) * joint.sum(axis=-2, keepdims=True)
-    terms = joint * np.log2(np.where(joint > 0, joint / np.where(independent > 0, independent, 1.0), 1.0))
-    bits: F64 = np.maximum(terms.sum(axis=(-2, -1)), 0.0)
+    # Own logarithm and a written order of additions: libm's and np.sum's last bits depend on the CPU.
+    terms = joint * log(np.where(joint > 0, joint / np.where(independent > 0, independent, 1.0), 1.0))
+    nats = terms.reshape(*terms.shape[:-2], -1).cumsum(axis=-1)[..., -1]
+    bits: F64 = np.maximum(nats / math.log(2.0), 0.0)
     return bits
 
 

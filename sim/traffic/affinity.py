@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sim.kernels import affinity as kernel
 from sim.kernels import compiled_enabled
+from sim.kernels.elementary import exp
 from sim.rng import stream
 from sim.tokens import F32, F64, I32, I64, Tokens
 from sim.traffic import Batch, Source, Traffic, TrafficShape
@@ -37,6 +38,8 @@ NOISE_BITS = 18
 _LATENT_CACHE_BYTES = 256 * 2**20
 _FACTORS = ("logit_scale", "temporal", "topic")  # of a profile; its other values replace
 _MOST = 1024.0  # bound of a profile's replaced values
+_MOST_SPREAD = 8.0
+_MOST_TILT = 30.0  # exp of it squared is far from overflow
 _Preference = Annotated[float, Field(ge=-100, le=100)]
 
 
@@ -70,6 +73,8 @@ class LayerProfile(BaseModel):
     token_variance: tuple[float, ...] | None = None
     basis_tail: tuple[float, ...] | None = None
     iid_variance: tuple[float, ...] | None = None
+    memory_spread: tuple[float, ...] | None = None
+    scale_spread: tuple[float, ...] | None = None
 
     @model_validator(mode="after")
     def _knots(self) -> Self:
@@ -85,8 +90,9 @@ class LayerProfile(BaseModel):
                 raise ValueError(f"{name} needs one value per depth ({len(self.depth)}, found {len(values)})")
             if min(values) < 0 or (name == "temporal" and max(values) > 1):
                 raise ValueError(f"{name} must be {'between 0 and 1' if name == 'temporal' else 'at least 0'}")
-            if name not in _FACTORS and max(values) > _MOST:
-                raise ValueError(f"{name} must be at most {_MOST:g}")
+            most = {"memory_spread": _MOST_SPREAD, "scale_spread": 1.0}.get(name, _MOST)
+            if name not in _FACTORS and max(values) > most:
+                raise ValueError(f"{name} must be at most {most:g}")
         return self
 
     def at(self, layer: int, n_layers: int) -> tuple[float, float, float]:
@@ -125,6 +131,8 @@ class LayerValues(NamedTuple):
     token_variance: float
     iid_variance: float
     basis_tail: float
+    memory_spread: float = 0.0
+    scale_spread: float = 0.0
 
 
 class Affinity(Traffic):
@@ -161,15 +169,25 @@ class Affinity(Traffic):
     slow_correlation: float = Field(default=0.93, ge=0, lt=1)
     fast_variance: float = Field(default=0.68, ge=0, le=100)
     fast_correlation: float = Field(default=0.42, ge=0, lt=1)
+    correlation_spread: float = Field(default=0.0, ge=0, le=_MOST_SPREAD)
+    """How the factors' fast parts differ in memory: the log-odds of a factor's correlation are those of
+    ``fast_correlation`` plus up to this much, or less by as much. 0 = all alike."""
     token_variance: float = Field(default=0.0, ge=0, le=100)
     basis_tail: float = Field(default=0.0, ge=0, le=100)
     """How experts gather on few factors: their normal loadings x become x + basis_tail x^3 (then unit columns again).
     Raises the co-activation of the closest pairs."""
+    memory_spread: float = Field(default=0.0, ge=0, le=_MOST_SPREAD)
+    """How experts differ in memory: factors have unequal shares of it (`_memory_shares`) and an expert leans to the
+    lasting or to the fleeting ones. 0 = all alike, and so with no token part to take what a factor loses. On real traces
+    the correlation of one expert's choice at neighbouring tokens runs from 0 to .7 over experts (`sim.fit`)."""
     iid_variance: float = Field(default=0.10, ge=0, le=100)
     """Full-rank noise, independent over experts, tokens and layers."""
     logit_mean: float = Field(default=0.0, ge=-1000, le=1000)
     logit_scale: float = Field(default=1.1, gt=0, le=100)
     """Standard deviation of a token's logits before topics; 1.05-1.11 matches V2-Lite's and R1's gate weights."""
+    scale_spread: float = Field(default=0.0, ge=0, le=1)
+    """Standard deviation over tokens of the log of a token's own logit scale: the router is surer of some tokens than of
+    others. Changes gate weights, not the choice of a plain top-k."""
     layer_profile: LayerProfile | None = LayerProfile()
     """How layers differ; null = all layers alike."""
 
@@ -208,19 +226,41 @@ class Affinity(Traffic):
 
 
 class _Part(NamedTuple):
-    """One latent part: its share of variance and its memory (None = constant within a sequence)."""
+    """One latent part: its share of variance and its memory by factor [R] (None = constant within a sequence)."""
 
     name: str
     variance: float
-    correlation: float | None
+    correlation: F64 | None
 
 
 class _LayerTables(NamedTuple):
     base: F32  # [topics, E], logit_mean and scale included
     basis: F32  # [R, E], unit columns
-    gains: F32  # [parts], scale included
+    gains: F32  # [parts, R], scale included
     noise_gain: float
     noise_key: int
+    scale_spread: float
+
+
+def _places(rank: int) -> F64:
+    """Return ``rank`` numbers between -1 and 1, spread evenly whatever the rank: van der Corput's sequence in base 2.
+
+    >>> _places(7).tolist()
+    [0.0, -0.5, 0.5, -0.75, 0.25, -0.25, 0.75]
+    """
+    return np.array([sum(2.0**-i for i, bit in enumerate(f"{n:b}"[::-1]) if bit == "1") - 1 for n in range(1, rank + 1)])
+
+
+def fast_correlations(middle: float, spread: float, rank: int) -> F64:
+    """Return the correlation of each of ``rank`` factors' fast part: log-odds spread evenly about those of ``middle``.
+
+    >>> fast_correlations(0.4, 2.0, 3).round(3).tolist()
+    [0.4, 0.197, 0.644]
+    """
+    if not spread:
+        return np.full(rank, middle)
+    odds = exp(spread * _places(rank))
+    return middle * odds / (middle * odds + 1 - middle)
 
 
 class AffinitySource(Source):
@@ -242,9 +282,9 @@ class AffinitySource(Source):
         # A part that no layer uses is not drawn; streams are named by part, so the other parts do not move.
         parts = (
             _Part("sequence", config.sequence_variance, None),
-            _Part("slow", config.slow_variance, config.slow_correlation),
-            _Part("fast", config.fast_variance, config.fast_correlation),
-            _Part("token", config.token_variance, 0.0),
+            _Part("slow", config.slow_variance, np.full(config.latent_rank, config.slow_correlation)),
+            _Part("fast", config.fast_variance, fast_correlations(config.fast_correlation, config.correlation_spread, config.latent_rank)),
+            _Part("token", config.token_variance, np.zeros(config.latent_rank)),
         )
         self.parts = [
             part
@@ -282,7 +322,7 @@ class AffinitySource(Source):
             x = stream(self.seed, "traffic", "prefix", part.name, self.replica).standard_normal(
                 (rows, config.latent_rank), dtype=np.float32
             )
-            if part.correlation:
+            if part.correlation is not None and part.correlation.any():
                 kernel.autoregress(x, part.correlation, length, compiled=False)
             if config.latent_dof is not None:
                 kernel.stretch(x, kernel.heavy_tail(config.latent_dof), compiled=False)
@@ -354,19 +394,36 @@ class AffinitySource(Source):
             basis *= 1.0 + values.basis_tail * (basis * basis)
         if values.latent_rank < config.latent_rank:
             basis *= np.clip(values.latent_rank - np.arange(config.latent_rank), 0.0, 1.0)[:, None]
+        if values.memory_spread:
+            # Tilted before the columns are made unit ones: an expert keeps its variance and changes what it listens to.
+            tilt = values.memory_spread * draw("memory").standard_normal(n_experts)
+            basis *= exp(np.clip(tilt * _places(config.latent_rank)[:, None], -_MOST_TILT, _MOST_TILT))
         square = np.zeros(n_experts)
         for factor in basis:  # a written order of additions: np.sum's depends on the CPU
             square += factor * factor
         basis /= np.sqrt(np.maximum(square, np.finfo(np.float64).tiny))
-        variances = self._variances(values)
-        gains = np.array([scale * variances[i] ** 0.5 for i in self._part_index])
+        variances = self._memory_variances(values, config.latent_rank)
+        gains = np.array([scale * variances[i] ** 0.5 for i in self._part_index]).reshape(-1, config.latent_rank)
         return _LayerTables(
             base=(config.logit_mean + scale * base).astype(np.float32),
             basis=basis.astype(np.float32),
             gains=gains.astype(np.float32),
             noise_gain=scale * values.iid_variance**0.5,
             noise_key=int(draw("noise").integers(2**32)),
+            scale_spread=values.scale_spread,
         )
+
+    def _memory_variances(self, values: LayerValues, rank: int) -> F64:
+        """Return the variances [4, R] of the sequence, slow, fast and token parts by factor."""
+        variances = np.repeat(np.array(self._variances(values))[:, None], rank, axis=1)
+        memory, token = sum(self._variances(values)[:3]), values.token_variance
+        if values.memory_spread and memory > 0 and token > 0:
+            share = memory / (memory + token)
+            odds = exp(values.memory_spread * _places(rank))
+            shares = share * odds / (share * odds + 1 - share)
+            variances[:3] *= shares / share
+            variances[3] = (memory + token) * (1 - shares)
+        return variances
 
     def batch(self, phase: str, step: int, *, n_ranks: int, tokens_per_rank: int) -> Batch:
         # Compiling pays once enough tokens have been asked for; both forms give the same bits.
@@ -445,7 +502,7 @@ class AffinityBatch(Batch):
         for i, part in enumerate(source.parts):
             rows = n_sequences if part.correlation is None else n_tokens
             x = draw(part.name).standard_normal((rows, config.latent_rank), dtype=np.float32)
-            if part.correlation:
+            if part.correlation is not None and part.correlation.any():
                 kernel.autoregress(x, part.correlation, length, compiled=self.compiled)
             if config.latent_dof is not None:
                 kernel.stretch(x, tail, compiled=self.compiled)

@@ -44,11 +44,15 @@ class RouterLoss(Balance):
 
     pull_back: lambda. offset_update_rate: share of the way to rest that a step goes in each expert; the step is shortened
     by 1 + loop gain, so that any coefficient is stable. Warm-up's gain is not used: a step is as long as it may be.
+    stop_after_step: from this step on the offsets stand still, as a trained router does on a validation set; with
+    ``decay: linear`` their rate has fallen to 0 linearly by then, so that they do not keep the last batches' noise.
     Topics without tokens in a step stay where they are.
     """
 
     pull_back: float = Field(default=PULL_BACK, gt=0)
     offset_update_rate: float = Field(default=0.1, gt=0, le=1)
+    stop_after_step: int | None = Field(default=None, ge=0)
+    decay: Literal["constant", "linear"] = "constant"
     samples: ClassVar[bool] = True
 
     @property
@@ -77,6 +81,13 @@ class RouterLoss(Balance):
         tokens = np.maximum(n_tokens, 1)[:, None]
         return gradient / tokens, response / tokens, n_tokens
 
+    def rate(self, step: int) -> float:
+        """Return the share of the way to rest that step ``step`` (from 0) goes."""
+        if self.stop_after_step is None:
+            return self.offset_update_rate
+        left = max(0.0, 1.0 - step / self.stop_after_step) if self.stop_after_step else 0.0
+        return self.offset_update_rate * (left if self.decay == "linear" or not left else 1.0)
+
     def start(self, shape: GateShape) -> F64:
         return np.zeros((shape.n_topics, shape.n_routed_experts))
 
@@ -84,9 +95,12 @@ class RouterLoss(Balance):
         return Adjustment(offset=state)
 
     def update(self, state: F64, seen: Seen, shape: GateShape, step: int, gain: float = 1.0) -> F64:
+        share = self.rate(step)
+        if share == 0.0:
+            return state
         gradient, response, n_tokens = self.gradient(seen, shape)
         strength = self.coefficient / self.pull_back
-        rate = self.offset_update_rate / (1.0 + strength * response)
+        rate = share / (1.0 + strength * response)
         moved: F64 = state - np.where(n_tokens[:, None] > 0, rate * (strength * gradient + state), 0.0)
         return moved
 
@@ -179,7 +193,7 @@ class BalanceLoss(RouterLoss):
             slope = sample.score.slope(scores) / total
             # Raising a logit raises its own P, and F the more the thicker the tail it stands in: for a normal tail of a
             # tenth or less, by about twice F per standard deviation.
-            response = slope * np.maximum(factors, 1.0) * (1.0 + 2.0 / spread)
+            response = slope * (np.maximum(factors, 1.0) * (1.0 + 2.0 / spread))
             yield sample, Push(slope * (factors - mean), response)
 
     def value(self, seen: Seen, shape: GateShape) -> float:
@@ -227,8 +241,14 @@ def tally(units: I16, group: I64, n_groups: int, n_units: int) -> F64:
 
 
 def ordered_sum(values: F64) -> F64:
-    """Sum [S, E] over experts, [S, 1], from the first to the last: np.sum's order may depend on the CPU."""
-    return values.cumsum(axis=1)[:, -1:]
+    """Sum [S, E] over experts, [S, 1], the upper half onto the lower until one is left: np.sum's order may depend on the
+    CPU, a running sum is five times slower."""
+    while (width := values.shape[1]) > 1:
+        half = (width + 1) // 2
+        folded = values[:, :half].copy()
+        folded[:, : width - half] += values[:, half:]
+        values = folded
+    return values
 
 
 def _spread(seen: Seen) -> float:

@@ -18,6 +18,9 @@ class Asked:
 
     topk_ids: [T, k] int16, best first, -1 = none. affinity: [T, k] float32 unbiased scores of the choices. sequence: [T]
     int32. n_routed_experts: E. rng: makes the stream of this (replica, step, layer, rank), the same for every policy.
+    num_experts_per_tok: the model's K where tokens may get another number. weight: [T, k] float32 gate weights of the
+    choices if they are not the affinities. in_line: [T, k] choices that use up places where that is more than those made
+    (GShard's dismissed second experts).
     """
 
     topk_ids: I16
@@ -25,6 +28,14 @@ class Asked:
     sequence: I32
     n_routed_experts: int
     rng: Callable[[], np.random.Generator]
+    num_experts_per_tok: int | None = None
+    weight: F32 | None = None
+    in_line: I16 | None = None
+
+    @property
+    def experts_per_token(self) -> int:
+        """K, on which capacities rest."""
+        return self.num_experts_per_tok or int(self.topk_ids.shape[1])
 
 
 class Capacity(Piece):

@@ -53,7 +53,8 @@ class DeviceBudget(Capacity):
             raise ValueError("device_budget has no n_devices yet; take for_model(model) first")
         ids = asked.topk_ids.ravel()
         device = np.where(ids >= 0, ids // (asked.n_routed_experts // self.n_devices), -1)
-        budget = int(np.count_nonzero(ids >= 0) * self.capacity_factor / self.n_devices)
+        # A product that should be whole must not lose a pair to its last bit.
+        budget = int(np.count_nonzero(ids >= 0) * self.capacity_factor / self.n_devices * (1.0 + 1e-12))
         n_sequences = int(asked.sequence.max(initial=0)) + 1
         safe = asked.rng().random(n_sequences) < self.protected_share
         protected = np.repeat(safe[asked.sequence], asked.topk_ids.shape[1])

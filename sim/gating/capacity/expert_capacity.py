@@ -20,7 +20,7 @@ from sim.tokens import I16, I64
 class ExpertCapacity(Capacity):
     """Each expert takes at most ceil(tokens x k / experts x capacity_factor) tokens of a rank's micro-batch.
 
-    drop_policy: who gets the places. ``probs``: the choices with the highest affinity; ``position``: all first choices
+    drop_policy: who gets the places. ``probs``: the choices with the highest gate weight; ``position``: all first choices
     before any second choice, and among equals the earlier token (Switch, GShard); ``batch_prioritized``: as ``position``,
     tokens in the order of their best affinity. min_capacity: at least this many. pad_to_capacity: experts compute all their
     places, used or not (static shapes); the exchange still carries real tokens only.
@@ -53,16 +53,18 @@ class ExpertCapacity(Capacity):
 
     def keep(self, asked: Asked) -> I16:
         n_tokens, k = asked.topk_ids.shape
-        places = self.capacity(n_tokens, k, asked.n_routed_experts)
+        places = self.capacity(n_tokens, asked.experts_per_token, asked.n_routed_experts)
         if self.drop_policy == "probs":
-            order = np.argsort(-asked.affinity.ravel(), kind="stable")
+            weight = asked.affinity if asked.weight is None else asked.weight
+            order = np.argsort(-weight.ravel(), kind="stable")
         else:
             token = np.arange(n_tokens)
             if self.drop_policy == "batch_prioritized":
-                token = np.argsort(-asked.affinity.max(axis=1), kind="stable")
+                token = np.argsort(-asked.affinity.max(axis=1, initial=0.0), kind="stable")
             order = (token[None, :] * k + np.arange(k)[:, None]).ravel()
+        in_line = (asked.topk_ids if asked.in_line is None else asked.in_line).ravel()
         kept = asked.topk_ids.ravel().copy()
-        kept[order[place_in_line(kept[order], asked.n_routed_experts) >= places]] = -1
+        kept[order[place_in_line(in_line[order], asked.n_routed_experts) >= places]] = -1
         return kept.reshape(n_tokens, k)
 
 
@@ -73,9 +75,8 @@ def place_in_line(groups: I16 | I64, n_groups: int) -> I64:
     [0, 0, 1, 0, 2]
     """
     order = np.argsort(groups, kind="stable")
-    starts = np.cumsum(np.bincount(groups.astype(np.int64) + 1, minlength=n_groups + 1)) - np.bincount(
-        groups.astype(np.int64) + 1, minlength=n_groups + 1
-    )
+    sizes = np.bincount(groups.astype(np.int64) + 1, minlength=n_groups + 1)
+    starts = np.cumsum(sizes) - sizes
     place = np.empty(len(groups), dtype=np.int64)
     place[order] = np.arange(len(groups)) - starts[groups[order].astype(np.int64) + 1]
     return np.where(groups >= 0, place, 0)

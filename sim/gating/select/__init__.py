@@ -18,8 +18,8 @@ from sim.tokens import F32, F64, I16, I32
 class Candidates:
     """What a selection rule may look at; it never sees a clock, a device or another token's future.
 
-    scores: [T, E] float32 unbiased affinities. scale, shift: [E] float32; selection ranks ``scores * scale + shift``
-    (a bias per modality is already inside ``scores``). k: experts per token. kernels: the numeric kernels to use.
+    scores: [T, E] float32 affinities. scale, shift: [E] float32; selection ranks ``scores * scale + shift``. affinity:
+    [T, E] float32 unbiased affinities where ``scores`` already hold a bias (one per modality). k: experts per token. kernels: the numeric kernels to use.
     rng: makes the stream of this (replica, step, layer, rank), the same for every policy. recorded: [T, k] int16 choices
     of a replayed trace, or None. logits: [T, E] float32 router logits behind ``scores``, or None. token_ids: [T] int32
     vocabulary indices, or None. token_frequency: [V] float64 how often each occurs, or None.
@@ -37,6 +37,12 @@ class Candidates:
     logits: F32 | None = None
     token_ids: I32 | None = None
     token_frequency: F64 | None = None
+    affinity: F32 | None = None
+
+    @property
+    def unbiased(self) -> F32:
+        """[T, E] float32, what gate weights are made of."""
+        return self.scores if self.affinity is None else self.affinity
 
     @property
     def biased(self) -> F32:
@@ -54,8 +60,9 @@ class Select(Piece):
     """Whether a token's experts depend on that token alone; if not, rules see one rank's micro-batch at a time."""
     causal: ClassVar[bool] = True
     """Whether no token's experts depend on later tokens; a decoder cannot use rules that do."""
-    ordinal: ClassVar[bool] = True
-    """Whether only the order of a token's scores matters, not their size."""
+    reads: ClassVar[Literal["nothing", "order", "differences", "sizes"]] = "order"
+    """What decides which experts a token gets: nothing of the scores, their order (any increasing function of all scores
+    leaves the choice), their differences (any constant added to all does) or their sizes."""
     varies: ClassVar[bool] = False
     """Whether tokens may get more or fewer than k experts; unused places hold -1."""
 
@@ -65,3 +72,15 @@ class Select(Piece):
 
         Rules that vary return [T, any width] with -1 after a token's experts.
         """
+
+    def before_chance(self, candidates: Candidates) -> I16 | None:
+        """Return [T, k] experts of which `select` dismissed some by a draw, or None if it does not draw any away.
+
+        Gate weights are normalised over these; with ``dismissed_take_places`` they also stand in line for capacity.
+        """
+        return None
+
+    @property
+    def dismissed_take_places(self) -> bool:
+        """Whether an expert that a draw dismissed has used up a place of its capacity all the same."""
+        return False

@@ -32,7 +32,7 @@ class Base(Select):
     kind: Literal["base"] = "base"
     per_token: ClassVar[bool] = False
     causal: ClassVar[bool] = False
-    ordinal: ClassVar[bool] = False
+    reads: ClassVar[Literal["nothing", "order", "differences", "sizes"]] = "differences"
     training: bool = True
 
     def note(self, model: Model) -> str:

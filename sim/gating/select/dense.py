@@ -20,6 +20,7 @@ class Dense(Select):
     """
 
     kind: Literal["dense"] = "dense"
+    reads: ClassVar[Literal["nothing", "order", "differences", "sizes"]] = "nothing"
     varies: ClassVar[bool] = True
 
     def select(self, candidates: Candidates) -> I16:

@@ -49,10 +49,11 @@ class ExpertChoice(Select):
         biased = candidates.biased
         n_tokens, n_experts = biased.shape
         wanted = self.capacity_factor or float(candidates.k)
-        takes = min(n_tokens, max(1, int(n_tokens * wanted / n_experts)))
+        # A product that should be whole must not lose a token to its last bit.
+        takes = min(n_tokens, max(1, int(n_tokens * wanted / n_experts * (1.0 + 1e-12))))
         taken = np.zeros(biased.shape, dtype=bool)
         np.put_along_axis(taken, np.argsort(-biased, axis=0, kind="stable")[:takes], True, axis=0)
-        width = int(taken.sum(axis=1).max())
+        width = int(taken.sum(axis=1).max(initial=0))
         order = np.argsort(np.where(taken, -biased, np.inf), axis=1, kind="stable")[:, :width]
         ids: I16 = np.where(np.take_along_axis(taken, order, axis=1), order, -1).astype(np.int16)
         return ids

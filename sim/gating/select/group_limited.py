@@ -8,7 +8,7 @@ when few biased scores are positive.
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -37,6 +37,7 @@ class GroupLimited(Select):
     """
 
     kind: Literal["group_limited"] = "group_limited"
+    reads: ClassVar[Literal["nothing", "order", "differences", "sizes"]] = "differences"
     n_group: int | None = Field(default=None, gt=0)
     topk_group: int | None = Field(default=None, gt=0)
     group_score: Literal["max", "top2_sum", "topk_sum"] = "top2_sum"

@@ -14,6 +14,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from sim.gating.select import Candidates, Select
+from sim.gating.select.random import distinct_draws
 from sim.rng import stream
 from sim.tokens import F64, I16
 
@@ -36,7 +37,7 @@ class Hash(Select):
 
     kind: Literal["hash"] = "hash"
     needs: ClassVar[Literal["logits", "ids", "token_ids"]] = "token_ids"
-    ordinal: ClassVar[bool] = False
+    reads: ClassVar[Literal["nothing", "order", "differences", "sizes"]] = "nothing"
     table: Literal["random", "balanced"] = "random"
     table_seed: int = 0
 
@@ -50,14 +51,13 @@ class Hash(Select):
         else:
             table = _balanced_table(c.token_frequency.tobytes(), n_experts, c.k)
         ids = table[c.token_ids]
-        order = np.argsort(-c.kernels.picked(c.scores, ids), axis=1, kind="stable")
+        order = np.argsort(-c.kernels.picked(c.unbiased, ids), axis=1, kind="stable")
         return np.take_along_axis(ids, order, axis=1)
 
 
 @functools.lru_cache(maxsize=8)
 def _random_table(size: int, n_experts: int, k: int, seed: int) -> I16:
-    draws = stream(seed, "hash table").random((size, n_experts))
-    return np.sort(np.argsort(draws, axis=1, kind="stable")[:, :k], axis=1).astype(np.int16)
+    return np.sort(distinct_draws(stream(seed, "hash table"), size, n_experts, k), axis=1)
 
 
 @functools.lru_cache(maxsize=8)

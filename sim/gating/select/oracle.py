@@ -25,7 +25,7 @@ class Oracle(Select):
     kind: Literal["oracle"] = "oracle"
     per_token: ClassVar[bool] = False
     causal: ClassVar[bool] = False
-    ordinal: ClassVar[bool] = False
+    reads: ClassVar[Literal["nothing", "order", "differences", "sizes"]] = "differences"
 
     def note(self, model: Model) -> str:
         return "the oracle solves each micro-batch as a linear program after having seen all of it; no router can"

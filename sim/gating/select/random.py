@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from sim.tokens import I16
 
 
 class Random(Select):
-    """k distinct experts per token, all sets equally likely, whatever the scores.
+    """k distinct experts per token, all sets equally likely, whatever the scores; the order within a set means nothing.
 
     >>> from sim.kernels import plain
     >>> from sim.rng import stream
@@ -21,15 +21,20 @@ class Random(Select):
     """
 
     kind: Literal["random"] = "random"
+    reads: ClassVar[Literal["nothing", "order", "differences", "sizes"]] = "nothing"
 
     def select(self, candidates: Candidates) -> I16:
         n_tokens, n_experts = candidates.scores.shape
-        rng, k = candidates.rng(), candidates.k
-        # Floyd's algorithm, one column for all tokens at a time: k draws instead of a permutation of E.
-        ids = np.empty((n_tokens, k), dtype=np.int16)
-        for i in range(k):
-            last = n_experts - k + i
-            draw = rng.integers(0, last + 1, size=n_tokens, dtype=np.int16)
-            taken = (ids[:, :i] == draw[:, None]).any(axis=1)
-            ids[:, i] = np.where(taken, np.int16(last), draw)
-        return ids
+        return distinct_draws(candidates.rng(), n_tokens, n_experts, candidates.k)
+
+
+def distinct_draws(rng: np.random.Generator, n_rows: int, n_experts: int, k: int) -> I16:
+    """Return [n_rows, k] int16: in each row k distinct experts of n_experts, all sets equally likely."""
+    # Floyd's algorithm, one column for all rows at a time: k draws instead of a permutation of E.
+    ids = np.empty((n_rows, k), dtype=np.int16)
+    for i in range(k):
+        last = n_experts - k + i
+        draw = rng.integers(0, last + 1, size=n_rows, dtype=np.int16)
+        taken = (ids[:, :i] == draw[:, None]).any(axis=1)
+        ids[:, i] = np.where(taken, np.int16(last), draw)
+    return ids

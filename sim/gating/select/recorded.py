@@ -20,7 +20,8 @@ class Recorded(Select):
     """
 
     kind: Literal["recorded"] = "recorded"
-    needs: ClassVar[Literal["logits", "ids"]] = "ids"
+    needs: ClassVar[Literal["logits", "ids", "token_ids"]] = "ids"
+    reads: ClassVar[Literal["nothing", "order", "differences", "sizes"]] = "nothing"
 
     def select(self, candidates: Candidates) -> I16:
         if candidates.recorded is None:

@@ -15,6 +15,9 @@ from sim.gating.select import Candidates, Select
 from sim.model import Model
 from sim.tokens import F64, I16
 
+_EPS = 1e-8
+"""Megatron's guard against an expert that no token wants at all."""
+
 
 class Sinkhorn(Select):
     """Top-k of exp(logits) after alternately scaling tokens to 1/T and experts to 1/E, while ``training``.
@@ -31,7 +34,7 @@ class Sinkhorn(Select):
     kind: Literal["sinkhorn"] = "sinkhorn"
     per_token: ClassVar[bool] = False
     causal: ClassVar[bool] = False
-    ordinal: ClassVar[bool] = False
+    reads: ClassVar[Literal["nothing", "order", "differences", "sizes"]] = "differences"
     tolerance: float = Field(default=1e-4, gt=0, le=1)
     max_iterations: int = Field(default=500, gt=0, le=100_000)
     training: bool = True
@@ -48,22 +51,19 @@ class Sinkhorn(Select):
         # The scaling absorbs each token's normaliser, so a softmax serves as exp(logits).
         cost = c.kernels.softmax(c.biased if c.logits is None else c.logits * c.scale + c.shift).astype(np.float64)
         n_tokens, n_experts = cost.shape
-        columns = np.ascontiguousarray(cost.T)
-        token, expert = np.ones(n_tokens), np.ones(n_experts)
+        expert = np.ones(n_experts)
         for _ in range(self.max_iterations):
-            token = 1.0 / (n_tokens * _combine(columns, expert))
+            token = 1.0 / (n_tokens * (_total(cost * expert, 1) + _EPS))
             before = expert
-            expert = 1.0 / (n_experts * _combine(cost, token))
-            if np.abs(expert - before).mean() < self.tolerance:
+            expert = 1.0 / (n_experts * (_total(cost * token[:, None], 0) + _EPS))
+            if _total(np.abs(expert - before), 0) <= self.tolerance * n_experts:
                 break
-        scaled = (cost * token[:, None] * n_tokens * expert).astype(np.float32)
+        scaled = (cost * (token * n_tokens)[:, None] * expert).astype(np.float32)
         one = np.ones(n_experts, np.float32)
         return c.kernels.topk(scaled, one, one * np.float32(0), c.k)
 
 
-def _combine(rows: F64, factor: F64) -> F64:
-    """Sum of rows x factor over rows, in their order: the same bits on every CPU, which BLAS does not promise."""
-    total = np.zeros(rows.shape[1])
-    for row, f in zip(rows, factor, strict=True):
-        total += row * f
+def _total(values: F64, axis: int) -> F64:
+    """Sum over an axis from the first to the last: the same bits on every CPU, which np.sum and BLAS do not promise."""
+    total: F64 = values.cumsum(axis=axis).take(-1, axis=axis)
     return total

@@ -29,7 +29,7 @@ class Threshold(Select):
     """
 
     kind: Literal["threshold"] = "threshold"
-    ordinal: ClassVar[bool] = False
+    reads: ClassVar[Literal["nothing", "order", "differences", "sizes"]] = "sizes"
     varies: ClassVar[bool] = True
     threshold: float = Field(default=0.5, ge=0, le=1e6)
     min_experts: int = Field(default=1, ge=0)
@@ -50,7 +50,7 @@ class Threshold(Select):
 
 def most_experts(max_experts: int | None, candidates: Candidates) -> int:
     """Return how many experts a token may get at most."""
-    return min(max_experts or 2 * candidates.k, candidates.scores.shape[1])
+    return min(max_experts or 2 * candidates.k, int(candidates.scores.shape[1]))
 
 
 def too_many(max_experts: int | None, model: Model) -> list[tuple[str, str]]:

@@ -29,7 +29,7 @@ class TopP(Select):
     """
 
     kind: Literal["top_p"] = "top_p"
-    ordinal: ClassVar[bool] = False
+    reads: ClassVar[Literal["nothing", "order", "differences", "sizes"]] = "sizes"
     varies: ClassVar[bool] = True
     p: float = Field(default=0.4, gt=0, le=1)
     max_experts: int | None = Field(default=None, gt=0)
@@ -41,9 +41,9 @@ class TopP(Select):
         c = candidates
         ids = c.kernels.topk(c.scores, c.scale, c.shift, most_experts(self.max_experts, c))
         total = np.zeros(len(ids))
-        for column in c.scores.T:  # a written order of additions: np.sum's depends on the CPU
+        for column in c.unbiased.T:  # a written order of additions: np.sum's depends on the CPU
             total += column
-        share = np.cumsum(c.kernels.picked(c.scores, ids).astype(np.float64), axis=1)
+        share = np.cumsum(c.kernels.picked(c.unbiased, ids).astype(np.float64), axis=1)
         full = share >= self.p * total[:, None]
         kept: I16 = ids.copy()
         kept[:, 1:][full[:, :-1]] = -1
