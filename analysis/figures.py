@@ -167,10 +167,7 @@ def load_heatmap(
     the mean; the rarest 1 % may lie beyond the scale's ends. Raises KeyError for an unknown policy or replica, and
     ValueError if no policy has routed experts.
     """
-    asked = [policies] if isinstance(policies, str) else list(policies or _policies(result))
-    unknown = [name for name in asked if name not in _policies(result)]
-    if unknown:
-        raise KeyError(f"no policy {unknown[0]!r}; there are {', '.join(_policies(result))}")
+    asked = _asked(result, policies)
     if not 0 <= replica < result.scenario.replicas:
         raise KeyError(f"no replica {replica}; there are {result.scenario.replicas}")
     experts = result.experts
@@ -188,6 +185,58 @@ def load_heatmap(
             relative[name] = share
     if not relative:
         raise ValueError(f"{', '.join(asked)}: no routed experts")
+    x = "expert [rank by load]" if by_load else "expert [index]"
+    return _heatmaps(relative, x, "layer [index]", "load [mean of layer = 1]")
+
+
+def topic_heatmap(
+    result: Result, policies: Sequence[str] | str | None = None, *, layer: int | None = None, replica: int = 0
+) -> Figure:
+    """Map the relative load of every expert within each topic, one panel per policy (as DeepSeek-V3 report, Figure 9).
+
+    layer: a MoE layer of the model; by default the middle one. Experts are ordered by the topic that likes them most, the
+    same way in every panel, so that specialisation shows as blocks. Needs a run with ``steps.record_topic_experts: true``
+    and several topics; raises KeyError for an unknown policy, layer or replica, and ValueError without such loads.
+    """
+    asked = _asked(result, policies)
+    topics = result.topics
+    if topics.empty or "expert_tokens" not in topics:
+        raise ValueError("no expert loads by topic: run several topics with steps.record_topic_experts: true")
+    layers = sorted(int(number) for number in topics.layer.unique())
+    chosen = layers[len(layers) // 2] if layer is None else layer
+    topics = topics[(topics.layer == chosen) & (topics.replica == replica) & topics.policy.isin(asked)]
+    if topics.empty:
+        raise KeyError(f"no layer {chosen} of replica {replica}; there are layers {layers}")
+    relative: dict[str, pd.DataFrame] = {}
+    for name in asked:
+        rows = topics[topics.policy == name]
+        if len(rows):
+            loads = (
+                pd.DataFrame(np.stack(rows.expert_tokens.to_list()), index=rows.topic)
+                .groupby(level=0, sort=False)
+                .sum()
+            )
+            relative[name] = loads.div(loads.mean(axis=1), axis=0)
+    first = next(iter(relative.values())).to_numpy()
+    order = np.lexsort((-first.max(axis=0), first.argmax(axis=0)))
+    relative = {
+        name: share.iloc[:, order] if share.shape[1] == len(order) else share for name, share in relative.items()
+    }
+    x = f"expert of layer {chosen} [by the topic that likes it most]"
+    return _heatmaps(relative, x, "", "load [mean of topic = 1]")
+
+
+def _asked(result: Result, policies: Sequence[str] | str | None) -> list[str]:
+    asked = [policies] if isinstance(policies, str) else list(policies or _policies(result))
+    unknown = [name for name in asked if name not in _policies(result)]
+    if unknown:
+        raise KeyError(f"no policy {unknown[0]!r}; there are {', '.join(_policies(result))}")
+    return asked
+
+
+def _heatmaps(relative: dict[str, pd.DataFrame], x: str, y: str, label: str) -> Figure:
+    """Draw one panel per policy of load / mean; rows are layers (numbers) or topics (names). Shades are logarithmic and
+    symmetric about the mean; the rarest 1 % may lie beyond the scale's ends."""
     everything = np.concatenate([share.to_numpy().ravel() for share in relative.values()])
     distance = np.abs(np.log(np.maximum(everything, 1e-3)))
     limit = float(np.clip(np.exp(np.nanpercentile(distance, 99)), 1.25, 10))
@@ -206,29 +255,34 @@ def load_heatmap(
         )
         image: Any = None
         for axis, (name, share) in zip(axes.flat, relative.items(), strict=False):
+            named = not pd.api.types.is_numeric_dtype(share.index)
+            at = np.arange(len(share)) if named else share.index.to_numpy()
             image = axis.imshow(
                 np.log(np.maximum(share.to_numpy(), 1e-3)),
                 aspect="auto",
                 cmap="viridis",
                 vmin=-math.log(limit),
                 vmax=math.log(limit),
-                extent=(-0.5, share.shape[1] - 0.5, share.index[-1] + 0.5, share.index[0] - 0.5),
+                extent=(-0.5, share.shape[1] - 0.5, at[-1] + 0.5, at[0] - 0.5),
                 interpolation="nearest",
             )
             axis.set_title(_wrapped(name, 26), fontsize=8)
             axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-            axis.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+            if named:
+                axis.set_yticks(at, [str(name) for name in share.index], fontsize=7)
+            else:
+                axis.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         for i, axis in enumerate(axes.flat):
             if i >= len(relative):
                 axis.set_visible(False)
             elif i + columns >= len(relative):  # nothing below it
                 axis.tick_params(labelbottom=True)
-        figure.supxlabel("expert [rank by load]" if by_load else "expert [index]", fontsize=9)
-        figure.supylabel("layer [index]", fontsize=9)
+        figure.supxlabel(x, fontsize=9)
+        figure.supylabel(y, fontsize=9)
         ticks = [1 / limit, limit**-0.5, 1.0, limit**0.5, limit]
         bar = figure.colorbar(image, ax=axes, ticks=np.log(ticks), extend="both", shrink=0.9)
         bar.ax.set_yticklabels([f"{tick:.2g}" for tick in ticks])
-        bar.set_label("load [mean of layer = 1]", fontsize=8)
+        bar.set_label(label, fontsize=8)
     return _finished(figure)
 
 
@@ -326,6 +380,7 @@ def step_breakdown(result: Result, ax: Axes | None = None) -> Figure:
 FIGURES: dict[str, Callable[[Result], Figure]] = {
     "tradeoff": tradeoff,
     "load_heatmap": load_heatmap,
+    "topic_heatmap": topic_heatmap,
     "max_vio_over_steps": max_vio_over_steps,
     "step_breakdown": step_breakdown,
 }

@@ -5,18 +5,22 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from sim.countlevel import BLOCKS_PER_PART
 from sim.kernels import compiled_enabled
 from sim.rollout import measured_steps, token_layers, token_layers_of
-from sim.scenario import Scenario
+from sim.scenario import Policy, Scenario
 from sim.units import human
 
 MAX_EVENTS = 100_000_000
 MAX_SECONDS = 6 * 3600.0
 _BASE_BYTES = 250 * 2**20
+_LAYERS_PER_TASK = 4  # as `sim.study.LAYERS_PER_TASK`, a floor above
 # Measured on one core with 256 experts, top-8; both scale with the number of experts.
 _ROUTE_S = {True: 0.75e-6, False: 4.0e-6}  # per token and layer for each policy, compiled / NumPy
 _SHARED_S = {True: 0.9e-6, False: 4.0e-6}  # per token and layer, once for all policies: affinities and scores
 _EVENT_S = 8e-6
+# A step at count level, per policy and layer, and per count of it (experts, ranks, nodes of every source): drawn, kept.
+_DRAW_S, _DRAWN_S, _KEPT_S = 0.1e-3, 2e-9, 10e-9
 # Building the network of one timed step: per device of the cluster, and per pair of ranks of the group.
 _DEVICE_BYTES, _PAIR_BYTES = 1300.0, 150.0
 _DEVICE_S, _PAIR_S = 8.5e-6, 2.7e-6
@@ -111,6 +115,9 @@ def estimate(scenario: Scenario) -> Estimate:
         per_exchange = 8.0 * ranks * (ranks + ranks / domain + model.n_routed_experts)
         kept = len(measured_steps(scenario)) * scenario.replicas * scenario.schedule.micro_batches
         memory += per_exchange * model.n_moe_layers * kept
+        if scenario.steps.resolution == "count":
+            one, pilot = _drawn(scenario, policy)
+            seconds, memory = seconds + one, memory + pilot
         memory += 8.0 * scenario.steps.count * model.n_moe_layers * model.n_routed_experts * scenario.replicas
         # A row of the `layers` table holds ten boxed values, one of `experts` seven.
         memory += 600.0 * scenario.steps.count * model.n_moe_layers * scenario.replicas
@@ -121,6 +128,22 @@ def estimate(scenario: Scenario) -> Estimate:
     most = max(tokens, warmup.tokens_per_rank if learns and warmup.steps else 0)
     memory += 4.0 * most * (6 * widest + ranks * 160)
     return Estimate(work, events, memory, seconds, _reason(scenario, events, memory, seconds))
+
+
+def _drawn(scenario: Scenario, policy: Policy) -> tuple[float, float]:
+    """Seconds of drawing one policy's counts, and bytes of the pilots that a task holds at a time."""
+    model, steps, ranks = scenario.model_of(policy), scenario.steps, scenario.parallel.ep_size
+    width = model.n_routed_experts + ranks + ranks / scenario.cluster.topology.domain(scenario.cluster)
+    counts = scenario.schedule.micro_batches * ranks * width
+    each = steps.count * (_DRAW_S + _DRAWN_S * counts) + len(measured_steps(scenario)) * _KEPT_S * counts
+    once = scenario.pilots_once(policy)
+    pilot_ranks = steps.pilot_ranks if once else min(ranks, steps.pilot_ranks)
+    blocks = 4.0 * BLOCKS_PER_PART * width + (16.0 * model.n_routed_experts if once else 0.0)
+    layers = min(model.n_moe_layers, _LAYERS_PER_TASK)
+    return (
+        each * model.n_moe_layers * scenario.replicas,
+        pilot_ranks * scenario.schedule.micro_batches * blocks * layers,
+    )
 
 
 def _reason(scenario: Scenario, events: int, memory: float, seconds: float) -> str:

@@ -10,7 +10,7 @@ from sim.kernels import compiled, plain
 from sim.kernels.choose import Kernels
 from sim.model import Model
 from sim.rng import stream
-from sim.tokens import F32, I16
+from sim.tokens import F32, F64, I16, I32
 
 KERNELS: dict[str, Kernels] = {"numpy": plain, "numba": compiled}  # type: ignore[dict-item]
 STEPS = 64
@@ -55,6 +55,9 @@ def candidates(
     kernels: Kernels | None = None,
     seed: int = 0,
     recorded: I16 | None = None,
+    logits: F32 | None = None,
+    token_ids: I32 | None = None,
+    token_frequency: F64 | None = None,
 ) -> Candidates:
     """Return what a selection rule sees, unbiased unless told otherwise."""
     n_experts = scores.shape[1]
@@ -66,6 +69,9 @@ def candidates(
         kernels or KERNELS["numpy"],
         lambda: stream(seed, "gate"),
         recorded,
+        logits,
+        token_ids,
+        token_frequency,
     )
 
 

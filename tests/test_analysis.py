@@ -28,7 +28,7 @@ NOTEBOOK = ROOT / "analysis" / "policy_tradeoffs.ipynb"
 
 @pytest.fixture(scope="module")
 def result() -> Result:
-    return sim.run(TINY, overrides=["replicas=2", "steps.count=2"])
+    return sim.run(TINY, overrides=["replicas=2", "steps.count=2", "steps.record_topic_experts=true"])
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +82,7 @@ def test_every_figure_draws_and_saves(result: Result, name: str, tmp_path: Path)
 UNITS = {
     "tradeoff": ["[share of top-k's]", "[max/mean - 1]", "[GB per step]", "[ms]"],
     "load_heatmap": ["[rank by load]", "layer [index]", "[mean of layer = 1]"],
+    "topic_heatmap": ["expert of layer 2 [by the topic", "[mean of topic = 1]", "science", "literature"],
     "max_vio_over_steps": ["step [batches]", "[max/mean - 1]"],
     "step_breakdown": ["step time [ms]"],
 }
@@ -179,6 +180,23 @@ def test_heatmap_has_a_panel_per_policy_and_refuses_strangers(result: Result) ->
         figures.load_heatmap(result, ["nobody"])
     with pytest.raises(KeyError, match="no replica 2"):
         figures.load_heatmap(result, replica=2)
+
+
+def test_topic_heatmap_shows_the_loads_of_one_layer(result: Result) -> None:
+    """Rows average to one and hold the recorded loads; what was not recorded is refused."""
+    figure = figures.topic_heatmap(result, ["top-k", "random"], layer=3)
+    specialised, floor = (np.exp(np.asarray(axis.images[0].get_array())) for axis in figure.axes[:2])
+    assert specialised.shape == (3, result.scenario.model.n_routed_experts)
+    assert specialised.mean(axis=1) == pytest.approx(1, abs=2e-3)
+    topics = result.topics
+    rows = topics[(topics.policy == "top-k") & (topics.replica == 0) & (topics.layer == 3) & (topics.topic == "science")]
+    loads = np.sum(rows.expert_tokens.to_list(), axis=0)
+    assert np.sort(specialised[0]) == pytest.approx(np.sort(np.maximum(loads / loads.mean(), 1e-3)))
+    assert specialised.std() > 3 * floor.std()
+    with pytest.raises(KeyError, match=r"no layer 9 of replica 0; there are layers \[1, 2, 3\]"):
+        figures.topic_heatmap(result, layer=9)
+    with pytest.raises(ValueError, match="record_topic_experts: true"):
+        figures.topic_heatmap(without(result, "topics", "expert_tokens"))
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from sim import rollout
 from sim.gating import Gate, Gating
-from sim.gating.balance import Balance
+from sim.gating.balance import Seen
 from sim.gating.balance.bias import Bias
+from sim.gating.piece import GateShape
 from sim.metrics.balance import max_vio, uniform_max_vio
-from sim.plugin import make, members
 from sim.scenario import Scenario, load
 from sim.tokens import I64, Tokens
 from tests.strategies import seeds, toy_model
@@ -35,38 +35,20 @@ def _counts(seed: int, parts: int = 1, ranks: int = 1, experts: int = 12) -> I64
     return counts
 
 
+def _moved(rule: Bias, counts: I64, step: int = 0, gain: float = 1.0) -> np.ndarray:
+    """The state after one update from the start, [E]."""
+    shape = GateShape(counts.shape[-1], 3)
+    return rule.update(rule.start(shape), Seen(counts), shape, step, gain)[0]
+
+
 def biases() -> st.SearchStrategy[Bias]:
     return st.builds(
         Bias,
         bias_update_rate=st.sampled_from([0.0, 1e-4, 1e-3, 0.25]),
         rule=st.sampled_from(["sign", "proportional"]),
         form=st.sampled_from(["additive", "multiplicative"]),
-        scope=st.sampled_from(["global_batch", "micro_batch", "rank"]),
+        scope=st.sampled_from(["global_batch", "ep_group", "micro_batch"]),
     )
-
-
-# --- every registered rule ---
-
-
-@pytest.mark.parametrize("kind", sorted(members(Balance)))
-def test_every_rule(kind: str) -> None:
-    """Starts without a preference, reads counts without touching them, repeats itself, and lets even loads be."""
-    rule, model = make(Balance, kind), toy_model(12, 3)
-    state = rule.start(12)
-    assert state.shape == (12,) and state.dtype == np.float64
-    assert Gate(Gating(balance=(rule,)), model).is_plain_topk
-    counts = _counts(0, 2, 3)
-    before = state.copy(), counts.copy()
-    first, second = rule.update(state, counts, 0), rule.update(state, counts, 0)
-    np.testing.assert_array_equal(first, second)
-    np.testing.assert_array_equal(state, before[0])
-    np.testing.assert_array_equal(counts, before[1])
-    scale, shift = rule.adjust(first)
-    assert np.isfinite(np.broadcast_to(scale, 12)).all() and np.isfinite(np.broadcast_to(shift, 12)).all()
-    np.testing.assert_array_equal(rule.update(state, np.full((2, 3, 12), 7), 0), state)
-    order = np.random.default_rng(1).permutation(12)
-    np.testing.assert_allclose(rule.update(state[order], counts[..., order], 0), first[order], rtol=1e-14)
-    np.testing.assert_array_equal(rule.update(state, np.zeros((2, 3, 12), np.int64), 0), state)
 
 
 # --- the bias rule, one update ---
@@ -75,9 +57,8 @@ def test_every_rule(kind: str) -> None:
 @given(biases(), seeds, st.integers(1, 3), st.integers(1, 3), st.sampled_from([1.0, 20.0]))
 def test_a_bias_moves_the_right_way_and_not_too_far(rule: Bias, seed: int, parts: int, ranks: int, gain: float) -> None:
     counts = _counts(seed, parts, ranks)
-    start = rule.start(12)
-    move = rule.update(start, counts, 0, gain) - start
-    axes = {"global_batch": (0, 1), "micro_batch": (1,), "rank": ()}[rule.scope]
+    move = _moved(rule, counts, gain=gain) - rule.start(GateShape(12, 3))[0]
+    axes = {"global_batch": (0, 1), "ep_group": (1,), "micro_batch": ()}[rule.scope]
     loads = counts.sum(axis=axes).reshape(-1, 12)
     error = (loads.mean(axis=1, keepdims=True) - loads) / loads.mean(axis=1, keepdims=True)
     limit = rule.bias_update_rate * gain * (np.abs(error) if rule.rule == "proportional" else np.ones_like(error))
@@ -97,8 +78,8 @@ def test_a_bias_moves_the_right_way_and_not_too_far(rule: Bias, seed: int, parts
 def test_scopes_agree_when_there_is_one_group(rule: Bias, seed: int) -> None:
     counts = _counts(seed)
     moved = [
-        rule.model_copy(update={"scope": scope}).update(rule.start(12), counts, 0)
-        for scope in ("global_batch", "micro_batch", "rank")
+        _moved(rule.model_copy(update={"scope": scope}), counts)
+        for scope in ("global_batch", "ep_group", "micro_batch")
     ]
     np.testing.assert_array_equal(moved[0], moved[1])
     np.testing.assert_array_equal(moved[0], moved[2])
@@ -108,10 +89,13 @@ def test_scopes_differ_where_groups_disagree() -> None:
     """Two ranks, each lopsided the other way: globally even, locally not; with three against one the sign is averaged."""
     counts = np.array([[[9, 1, 5], [1, 9, 5], [9, 1, 5]]])
     rule = Bias(bias_update_rate=0.3)
-    np.testing.assert_allclose(rule.update(np.zeros(3), counts, 0), [-0.3, 0.3, 0.0])
-    local = rule.model_copy(update={"scope": "rank"})
-    np.testing.assert_allclose(local.update(np.zeros(3), counts, 0), [-0.1, 0.1, 0.0])
-    np.testing.assert_array_equal(local.update(np.zeros(3), counts[:, :2], 0), [0, 0, 0])
+    np.testing.assert_allclose(_moved(rule, counts), [-0.3, 0.3, 0.0])
+    together = rule.model_copy(update={"scope": "ep_group"})
+    np.testing.assert_allclose(_moved(together, counts), [-0.3, 0.3, 0.0])  # one micro-batch on all ranks
+    np.testing.assert_allclose(_moved(together, counts.transpose(1, 0, 2)), [-0.1, 0.1, 0.0])  # three on one rank
+    local = rule.model_copy(update={"scope": "micro_batch"})
+    np.testing.assert_allclose(_moved(local, counts), [-0.1, 0.1, 0.0])
+    np.testing.assert_array_equal(_moved(local, counts[:, :2]), [0, 0, 0])
 
 
 @given(seeds, st.sampled_from(["sign", "proportional"]), st.integers(2, 1000))
@@ -119,9 +103,7 @@ def test_only_relative_loads_matter(seed: int, name: str, factor: int) -> None:
     """The same step on a batch `factor` times as large (the paper leaves the scale of its error open)."""
     rule = Bias.model_validate({"kind": "bias", "rule": name})
     counts = _counts(seed)
-    np.testing.assert_allclose(
-        rule.update(np.zeros(12), factor * counts, 0), rule.update(np.zeros(12), counts, 0), rtol=1e-14
-    )
+    np.testing.assert_allclose(_moved(rule, factor * counts), _moved(rule, counts), rtol=1e-14)
 
 
 def test_rate_over_steps() -> None:
@@ -133,17 +115,18 @@ def test_rate_over_steps() -> None:
     assert [linear.rate(step) for step in range(6)] == [0.5, 0.375, 0.25, 0.125, 0.0, 0.0]
     assert Bias(bias_update_rate=0.5, decay="linear").rate(10**6) == 0.5  # nothing to fall towards
     for rule in (constant, linear):
-        state = np.full(3, 0.25)
-        np.testing.assert_array_equal(rule.update(state, np.array([[[9, 0, 0]]]), 4), state)
+        state = np.full((1, 3), 0.25)
+        np.testing.assert_array_equal(rule.update(state, Seen(np.array([[[9, 0, 0]]])), GateShape(3, 1), 4), state)
 
 
 def test_multiplicative_starts_at_one() -> None:
     rule = Bias(form="multiplicative")
-    assert rule.start(3).tolist() == [1, 1, 1]
-    scale, shift = rule.adjust(np.array([0.5, 1.0, 2.0]))
-    assert np.asarray(scale).tolist() == [0.5, 1.0, 2.0] and shift == 0.0
-    scale, shift = Bias().adjust(np.array([0.5, 1.0, 2.0]))
-    assert scale == 1.0 and np.asarray(shift).tolist() == [0.5, 1.0, 2.0]
+    shape, state = GateShape(3, 1), np.array([[0.5, 1.0, 2.0]])
+    assert rule.start(shape).tolist() == [[1, 1, 1]]
+    move = rule.adjust(state, shape)
+    assert np.asarray(move.scale).tolist() == [0.5, 1.0, 2.0] and move.shift == 0.0 and move.offset == 0.0
+    move = Bias().adjust(state, shape)
+    assert move.scale == 1.0 and np.asarray(move.shift).tolist() == [0.5, 1.0, 2.0] and move.offset == 0.0
 
 
 def test_a_step_selects_with_the_bias_from_before_it() -> None:
@@ -152,7 +135,7 @@ def test_a_step_selects_with_the_bias_from_before_it() -> None:
     tokens = Tokens(0, np.array([[2.0, 1.0, 0.0, -1.0]] * 3, np.float32), np.zeros(3, np.int32))
     for _ in range(2):
         assert gate.route(tokens).topk_ids.ravel().tolist() == [0, 0, 0]
-    gate.update(np.array([[[3, 0, 0, 0]]]), 0)
+    gate.update(Seen(np.array([[[3, 0, 0, 0]]])), 0)
     assert gate.route(tokens).topk_ids.ravel().tolist() == [1, 1, 1]
     assert gate.shift.tolist() == [-1.0, 1.0, 1.0, 1.0]
 

@@ -32,7 +32,7 @@ MAX_RANK = 16
 PARTS = ("sequence_variance", "slow_variance", "fast_variance", "token_variance")
 _SHARED = 0.75  # of experts that two sequences' tokens at one position share, in a prefix common to all
 _MOST_SHARED = 0.8  # of a token's variance in parts with memory, as the latent kernel sees it
-_SPREAD = 3.0  # of the fast parts' correlations over factors
+_MEMORY_LAYERS = 4
 _MIN_TOKENS = 512
 _SEEDS_TOKENS = 24_000  # tokens simulated per evaluation, over several seeds
 _MAX_SEEDS = 4
@@ -63,13 +63,20 @@ FREE = {
 }
 
 
+FREE_MEMORY = {
+    "slow": Free(2.6, 1.0, 4.6, 0.4),  # log-odds of the slow part's correlation
+    "fast": Free(-0.6, -3.0, 1.5, 0.4),  # of the fast part's
+    "spread": Free(2.0, 0.0, 5.0, 0.5),  # correlation_spread
+}
+
+
 class Memory(NamedTuple):
     """What all layers share."""
 
     slow_correlation: float
     fast_correlation: float
     prefix_length: int
-    correlation_spread: float = _SPREAD
+    correlation_spread: float
 
 
 class FittedLayer(NamedTuple):
@@ -113,10 +120,11 @@ def fit(
         raise ValueError(f"trace: expected fewer experts per token than experts, found {trace.topk_ids.shape[2]}")
     where = stat.layout(trace.seqlens, trace.domain_of_sequence)
     real = [statistics_of(trace, row, where) for row in range(len(trace.layers))]
-    memory = Memory(*correlations(real), shared_prefix(trace))
     domains = _domains(trace)
     renormalised = trace.topk_weights is not None and bool(np.median(trace.topk_weights.sum(axis=2)) > 0.97)
-    job = _Job(trace, where, memory, domains, renormalised, seed)
+    job = _Job(trace, where, Memory(0.93, 0.35, shared_prefix(trace), 2.0), domains, renormalised, seed)
+    memory = common_memory(job, real)
+    job = job._replace(memory=memory)
     found: list[FittedLayer] = []
     workers = min(jobs or os.cpu_count() or 1, len(real))
     if workers == 1:
@@ -137,31 +145,49 @@ def statistics_of(trace: RecordedTrace, row: int, where: stat.Layout) -> dict[st
     return stat.layer_statistics(trace.topk_ids[row], trace.n_routed_experts, where, weights)
 
 
-def correlations(real: Sequence[dict[str, float]]) -> tuple[float, float]:
-    """Return the (slow, fast) AR(1) correlations whose kernels a + b slow^d + c fast^d (a, b, c >= 0, per layer) fit best."""
-    from scipy.optimize import nnls
+def common_memory(job: _Job, real: Sequence[dict[str, float]]) -> Memory:
+    """Return the memory whose fits to a few layers, spread over the depth, are best: the median of their own ones."""
+    if "latent_lag_1" not in real[0]:
+        return job.memory
+    rows = sorted({round(x) for x in np.linspace(0, len(real) - 1, 2 * _MEMORY_LAYERS + 1)[1::2]})
+    found = [_fit_memory(job, row, real[row]) for row in rows]
+    slow, fast, spread = (float(np.median([theta[name] for theta in found])) for name in FREE_MEMORY)
+    return job.memory._replace(
+        slow_correlation=round(_logistic(slow), 3), fast_correlation=round(_logistic(fast), 3), correlation_spread=round(spread, 2)
+    )
 
-    lags = [lag for lag in stat.LAGS if all(f"latent_lag_{lag}" in layer for layer in real)]
-    if len(lags) < 3:
-        return 0.93, 0.42
-    kernels = np.array([[layer[f"latent_lag_{lag}"] for lag in lags] for layer in real])
-    distance = np.array(lags)
 
-    def error(slow: float, fast: float) -> float:
-        quick = fast_correlations(fast, _SPREAD, MAX_RANK)[:, None] ** distance
-        basis = np.stack([np.ones(len(lags)), slow**distance, quick.mean(axis=0)], axis=1)
-        return float(sum(_least(basis, kernel) for kernel in kernels))
+def _logistic(x: float) -> float:
+    return float(1 / (1 + np.exp(-x)))
 
-    def _least(basis: F64, kernel: F64) -> float:
-        shares, residual = nnls(basis, kernel)
-        return float(residual**2 + max(0.0, shares.sum() - _MOST_SHARED) ** 2)
 
-    grid = [
-        (slow, fast)
-        for slow in (0.8, 0.86, 0.9, 0.93, 0.95, 0.97)
-        for fast in (0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6)
-    ]
-    return min(grid, key=lambda pair: error(*pair))
+def _fit_memory(job: _Job, row: int, real: dict[str, float]) -> dict[str, float]:
+    """Return the parameters of a fit that looks for the memory too, with draws of its own for each."""
+    probits = probits_of(job.trace, row, job.memory.prefix_length)
+    k, n_experts = job.trace.topk_ids.shape[2], job.trace.n_routed_experts
+    free = {name: FREE[name] for name in _free(job, real)} | FREE_MEMORY
+    seeds = [job.seed + 2000 + i for i in range(_n_seeds(job))]
+
+    @functools.lru_cache(maxsize=1)
+    def drawn(slow: float, fast: float, spread: float) -> list[Draw]:
+        memory = job.memory._replace(
+            slow_correlation=_logistic(slow), fast_correlation=_logistic(fast), correlation_spread=spread
+        )
+        return draws(job._replace(memory=memory), seeds)
+
+    def named(theta: F64) -> dict[str, float]:
+        return dict(zip(free, theta.tolist(), strict=True))
+
+    def function(theta: F64) -> F64:
+        now = named(theta)
+        values = values_of(now, probits)
+        found = [
+            synthetic_layer(one, row, values, k, n_experts, job.where, job.renormalised)
+            for one in drawn(*(now[name] for name in FREE_MEMORY))
+        ]
+        return residuals(real, {name: float(np.mean([each[name] for each in found])) for name in real})
+
+    return named(minimise(function, list(free.values())))
 
 
 def shared_prefix(trace: RecordedTrace) -> int:
@@ -247,11 +273,14 @@ def _fitting_draws(key: int, n_seeds: int) -> list[Draw]:
     return draws(job, [job.seed + 1000 + i for i in range(n_seeds)])
 
 
+def _n_seeds(job: _Job) -> int:
+    return int(np.clip(_SEEDS_TOKENS // job.trace.n_tokens, 1, _MAX_SEEDS))
+
+
 def _fit_layer(job: _Job, row: int, real: dict[str, float]) -> FittedLayer:
     if not _REMEMBERED or _REMEMBERED[0] is not job:
         _remember(job)
-    n_seeds = int(np.clip(_SEEDS_TOKENS // job.trace.n_tokens, 1, _MAX_SEEDS))
-    synthetic = _fitting_draws(id(job), n_seeds)
+    synthetic = _fitting_draws(id(job), _n_seeds(job))
     probits = probits_of(job.trace, row, job.memory.prefix_length)
     k, n_experts = job.trace.topk_ids.shape[2], job.trace.n_routed_experts
     names = _free(job, real)

@@ -77,6 +77,8 @@ class Balance(Piece):
     """Whether steps change the state."""
     samples: ClassVar[bool] = False
     """Whether `update` looks at `Seen.samples`."""
+    rests_when_even: ClassVar[bool] = True
+    """Whether equal loads, with equal affinities, leave the first state as it is."""
 
     @abstractmethod
     def start(self, shape: GateShape) -> F64:

@@ -6,7 +6,7 @@ Not a balance loss: it flattens scores, whoever they favour. Megatron's ``moe_z_
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -33,6 +33,7 @@ class ZLoss(RouterLoss):
     """
 
     kind: Literal["z_loss"] = "z_loss"
+    rests_when_even: ClassVar[bool] = False  # it lowers logits, whoever is chosen
     router_z_loss_coef: float = Field(default=1e-3, ge=0)
 
     @property
@@ -45,6 +46,8 @@ class ZLoss(RouterLoss):
             yield sample, Push(2.0 * level * p, 2.0 * p * (1.0 + 2.0 * np.abs(level)))
 
     def value(self, seen: Seen, shape: GateShape) -> float:
+        if not seen.samples:
+            return 0.0
         levels = np.concatenate([_softmax(sample.logits)[1] for sample in seen.samples])
         return float(np.square(levels).mean())
 

@@ -44,16 +44,14 @@ class ExpertCapacity(Capacity):
 
     def capacity(self, n_tokens: int, k: int, n_routed_experts: int) -> int:
         """Return the places of each expert for ``n_tokens`` of one rank's micro-batch."""
-        # A product like 4096 x 8 / 256 x 1.1 must not be lifted to the next integer by its last bit.
-        exact = n_tokens * k * self.capacity_factor / n_routed_experts
-        return min(n_tokens, max(self.min_capacity, math.ceil(exact * (1.0 - 1e-12))))
+        return min(n_tokens, max(self.min_capacity, places(n_tokens, k, n_routed_experts, self.capacity_factor)))
 
     def padded_tokens(self, n_tokens: int, k: int, n_routed_experts: int) -> int | None:
         return self.capacity(n_tokens, k, n_routed_experts) if self.pad_to_capacity else None
 
     def keep(self, asked: Asked) -> I16:
         n_tokens, k = asked.topk_ids.shape
-        places = self.capacity(n_tokens, asked.experts_per_token, asked.n_routed_experts)
+        capacity = self.capacity(n_tokens, asked.experts_per_token, asked.n_routed_experts)
         if self.drop_policy == "probs":
             weight = asked.affinity if asked.weight is None else asked.weight
             order = np.argsort(-weight.ravel(), kind="stable")
@@ -64,8 +62,18 @@ class ExpertCapacity(Capacity):
             order = (token[None, :] * k + np.arange(k)[:, None]).ravel()
         in_line = (asked.topk_ids if asked.in_line is None else asked.in_line).ravel()
         kept = asked.topk_ids.ravel().copy()
-        kept[order[place_in_line(in_line[order], asked.n_routed_experts) >= places]] = -1
+        kept[order[place_in_line(in_line[order], asked.n_routed_experts) >= capacity]] = -1
         return kept.reshape(n_tokens, k)
+
+
+def places(n_tokens: int, k: int, n_experts: int, capacity_factor: float) -> int:
+    """Return ceil(T k / E x factor), at most T.
+
+    >>> places(3, 1, 2, 1.0), places(4096, 8, 256, 1.1), places(10, 1, 4, 100.0)
+    (2, 141, 10)
+    """
+    # A product that should be whole must not be lifted to the next integer by its last bit.
+    return min(n_tokens, math.ceil(n_tokens * k * capacity_factor / n_experts * (1.0 - 1e-12)))
 
 
 def place_in_line(groups: I16 | I64, n_groups: int) -> I64:

@@ -31,9 +31,9 @@ class GShard(Select):
     >>> scores, one = np.array([[0.45, 0.4, 0.15]] * 4 + [[0.9, 0.1, 0.0]] * 4, np.float32), np.ones(3, np.float32)
     >>> given = Candidates(scores, one, 0 * one, 2, plain, lambda: stream(0, "gate"))
     >>> given.rng().random(8).round(2).tolist()
-    [0.25, 0.41, 0.44, 0.38, 0.37, 0.5, 0.26, 0.97]
+    [0.88, 0.05, 0.66, 0.65, 0.23, 0.93, 0.71, 0.87]
     >>> GShard().select(given)[:, 1].tolist(), GShard(second_policy_threshold=0.2).select(given)[:, 1].tolist()
-    ([1, 1, 1, 1, -1, -1, -1, -1], [1, 1, 1, 1, 1, 1, 1, -1])
+    ([1, 1, 1, 1, -1, -1, -1, -1], [1, 1, 1, 1, 1, -1, -1, -1])
     """
 
     kind: Literal["gshard"] = "gshard"
