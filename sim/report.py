@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+from sim.countlevel import noise_of_a_step
 from sim.metrics.dynamics import MIN_STEPS
 from sim.results import METRICS, Metric, Result
 from sim.scenario import Scenario
@@ -147,11 +148,12 @@ def _count_level(scenario: Scenario) -> list[str]:
     if len(moving) < len(gates):
         lines.append(
             f"count level: all ranks of all steps are drawn from blocks of a pilot of {pilot} ranks, whose means err by "
-            f"{(ranks / pilot) ** 0.5:.2f} times the sampling noise of one step; that lifts MaxVio"
+            f"{(ranks / pilot) ** 0.5:.2f} times the sampling noise of one step; that overstates MaxVio"
         )
     if moving and pilot < ranks:
         lines.append(
-            f"{', '.join(moving)}: of each step's {ranks} ranks {pilot} are routed token by token, the others drawn from them"
+            f"{', '.join(moving)}: of each step's {ranks} ranks {pilot} are routed token by token, the others drawn from "
+            f"them; that makes a batch's sampling noise {noise_of_a_step(ranks, pilot):.2f} times too large"
         )
     return lines
 

@@ -11,12 +11,12 @@ prefix) is common to all layers and read off the measured latent kernel; the log
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,15 +25,19 @@ from sim.fitting.synthesis import Draw, draw, gate_weights, route
 from sim.tokens import F64, I16
 from sim.traces import RecordedTrace
 from sim.traffic import TrafficShape
-from sim.traffic.affinity import Affinity, LayerValues, fast_correlations
+from sim.traffic.affinity import Affinity, LayerValues, rescale
 from sim.traffic.topics import Topic
 
 MAX_RANK = 16
 PARTS = ("sequence_variance", "slow_variance", "fast_variance", "token_variance")
 _SHARED = 0.75  # of experts that two sequences' tokens at one position share, in a prefix common to all
-_MOST_SHARED = 0.8  # of a token's variance in parts with memory, as the latent kernel sees it
 _MEMORY_LAYERS = 4
 _MIN_TOKENS = 512
+MAX_TOKENS = 2**18
+"""Tokens of a trace that are looked at; of a longer one, every second or m-th sequence."""
+FIT_TOKENS = 48_000
+"""Tokens that most of a fit looks at; the whole trace has the last word on popularity and topics (`_POLISHED`)."""
+_POLISHED = ("popularity_slope", "popularity_curve", "topic_factor")
 _SEEDS_TOKENS = 24_000  # tokens simulated per evaluation, over several seeds
 _MAX_SEEDS = 4
 
@@ -58,11 +62,14 @@ FREE = {
     "latent_rank": Free(float(np.log(8.0)), 0.4, float(np.log(MAX_RANK)), 0.2),
     "basis_tail": Free(-2.3, -4.6, 2.3, 0.5),
     "memory_spread": Free(2.0, 0.0, 6.0, 0.5),
-    "logit_scale": Free(0.0, -3.0, 3.0, 0.1),
     "topic_factor": Free(-1.2, -3.5, 0.7, 0.3),
 }
 
 
+FREE_WEIGHTS = {
+    "logit_scale": Free(0.0, -3.0, 3.0, 0.1),  # logarithm
+    "scale_spread": Free(0.2, 0.0, 0.8, 0.1),
+}
 FREE_MEMORY = {
     "slow": Free(2.6, 1.0, 4.6, 0.4),  # log-odds of the slow part's correlation
     "fast": Free(-0.6, -3.0, 1.5, 0.4),  # of the fast part's
@@ -118,25 +125,72 @@ def fit(
         raise ValueError(f"trace: expected at least {_MIN_TOKENS} tokens, found {trace.n_tokens}")
     if trace.topk_ids.shape[2] >= trace.n_routed_experts:
         raise ValueError(f"trace: expected fewer experts per token than experts, found {trace.topk_ids.shape[2]}")
+    trace = shortened(trace, MAX_TOKENS)
     where = stat.layout(trace.seqlens, trace.domain_of_sequence)
     real = [statistics_of(trace, row, where) for row in range(len(trace.layers))]
     domains = _domains(trace)
     renormalised = trace.topk_weights is not None and bool(np.median(trace.topk_weights.sum(axis=2)) > 0.97)
-    job = _Job(trace, where, Memory(0.93, 0.35, shared_prefix(trace), 2.0), domains, renormalised, seed)
-    memory = common_memory(job, real)
-    job = job._replace(memory=memory)
-    found: list[FittedLayer] = []
-    workers = min(jobs or os.cpu_count() or 1, len(real))
-    if workers == 1:
-        for row, measured in enumerate(real):
-            found.append(_fit_layer(job, row, measured))
-            progress(len(found), len(real))
-    else:
-        with ProcessPoolExecutor(workers, initializer=_remember, initargs=(job,)) as pool:
-            for layer in pool.map(_fit_remembered, range(len(real)), real):
-                found.append(layer)
-                progress(len(found), len(real))
+    whole = _Job(trace, where, Memory(0.93, 0.35, shared_prefix(trace), 2.0), domains, renormalised, seed)
+    part = shortened(trace, FIT_TOKENS)
+    job, wanted = whole, real
+    if part is not trace:
+        where = stat.layout(part.seqlens, part.domain_of_sequence)
+        job = whole._replace(trace=part, where=where)
+        wanted = [statistics_of(part, row, where) for row in range(len(part.layers))]
+    rows = sorted({round(x) for x in np.linspace(0, len(real) - 1, 2 * _MEMORY_LAYERS + 1)[1::2]})
+    n_steps = len(rows) + len(real)
+    with _workers(jobs, n_steps) as run:
+        pilots = []
+        for theta in run(_fit_memory, [(job, row, wanted[row]) for row in rows]):
+            pilots.append(theta)
+            progress(len(pilots), n_steps)
+        memory = _median_memory(pilots, job.memory)
+        job, whole = job._replace(memory=memory), whole._replace(memory=memory)
+        nearest = [pilots[int(np.abs(np.array(rows) - row).argmin())] for row in range(len(real))]
+        tasks = [(job, whole, row, wanted[row], real[row], nearest[row]) for row in range(len(real))]
+        found: list[FittedLayer] = []
+        for layer in run(_fit_layer, tasks):
+            found.append(layer)
+            progress(len(pilots) + len(found), n_steps)
     return Fitted(trace, memory, tuple(found), renormalised, domains)
+
+
+@contextlib.contextmanager
+def _workers(jobs: int | None, n_tasks: int) -> Iterator[Callable[[Callable[..., Any], list[Any]], Iterable[Any]]]:
+    """Yield a map over argument tuples, in order, on ``jobs`` processes (one: this one)."""
+    n = min(jobs or os.cpu_count() or 1, n_tasks)
+    if n == 1:
+        yield lambda function, tasks: (function(*task) for task in tasks)
+        return
+    with ProcessPoolExecutor(n) as pool:
+        try:
+            yield lambda function, tasks: pool.map(function, *zip(*tasks, strict=True))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def shortened(trace: RecordedTrace, n_tokens: int) -> RecordedTrace:
+    """Return about ``n_tokens`` tokens of ``trace`` at most: every m-th sequence, the last one cut if it must be."""
+    if trace.n_tokens <= n_tokens:
+        return trace
+    every = -(-trace.n_tokens // n_tokens)
+    used = trace.part(sequences=range(0, len(trace.seqlens), every))
+    if used.n_tokens <= n_tokens:
+        return used
+    ends = np.cumsum(used.seqlens)
+    n_sequences = int(np.searchsorted(ends, n_tokens)) + 1
+    lengths = used.seqlens[:n_sequences].copy()
+    lengths[-1] -= int(ends[n_sequences - 1]) - n_tokens
+    names = used.domain_of_sequence
+    return replace(
+        used,
+        topk_ids=used.topk_ids[:, :n_tokens],
+        topk_weights=None if used.topk_weights is None else used.topk_weights[:, :n_tokens],
+        scores=None if used.scores is None else used.scores[:, :n_tokens],
+        seqlens=lengths,
+        domain_of_sequence=None if names is None else names[:n_sequences],
+    )
 
 
 def statistics_of(trace: RecordedTrace, row: int, where: stat.Layout) -> dict[str, float]:
@@ -145,15 +199,13 @@ def statistics_of(trace: RecordedTrace, row: int, where: stat.Layout) -> dict[st
     return stat.layer_statistics(trace.topk_ids[row], trace.n_routed_experts, where, weights)
 
 
-def common_memory(job: _Job, real: Sequence[dict[str, float]]) -> Memory:
-    """Return the memory whose fits to a few layers, spread over the depth, are best: the median of their own ones."""
-    if "latent_lag_1" not in real[0]:
-        return job.memory
-    rows = sorted({round(x) for x in np.linspace(0, len(real) - 1, 2 * _MEMORY_LAYERS + 1)[1::2]})
-    found = [_fit_memory(job, row, real[row]) for row in rows]
-    slow, fast, spread = (float(np.median([theta[name] for theta in found])) for name in FREE_MEMORY)
-    return job.memory._replace(
-        slow_correlation=round(_logistic(slow), 3), fast_correlation=round(_logistic(fast), 3), correlation_spread=round(spread, 2)
+def _median_memory(pilots: Sequence[dict[str, float]], start: Memory) -> Memory:
+    """Return the memory between those of a few layers."""
+    slow, fast, spread = (float(np.median([theta[name] for theta in pilots])) for name in FREE_MEMORY)
+    return start._replace(
+        slow_correlation=round(_logistic(slow), 3),
+        fast_correlation=round(_logistic(fast), 3),
+        correlation_spread=round(spread, 2),
     )
 
 
@@ -162,32 +214,35 @@ def _logistic(x: float) -> float:
 
 
 def _fit_memory(job: _Job, row: int, real: dict[str, float]) -> dict[str, float]:
-    """Return the parameters of a fit that looks for the memory too, with draws of its own for each."""
+    """Return the parameters of a fit of one layer that looks for the memory too."""
+    free = {name: FREE[name] for name in _free(job)}
+    if "latent_lag_1" in real:
+        free |= FREE_MEMORY
     probits = probits_of(job.trace, row, job.memory.prefix_length)
-    k, n_experts = job.trace.topk_ids.shape[2], job.trace.n_routed_experts
-    free = {name: FREE[name] for name in _free(job, real)} | FREE_MEMORY
-    seeds = [job.seed + 2000 + i for i in range(_n_seeds(job))]
-
-    @functools.lru_cache(maxsize=1)
-    def drawn(slow: float, fast: float, spread: float) -> list[Draw]:
-        memory = job.memory._replace(
-            slow_correlation=_logistic(slow), fast_correlation=_logistic(fast), correlation_spread=spread
-        )
-        return draws(job._replace(memory=memory), seeds)
-
-    def named(theta: F64) -> dict[str, float]:
-        return dict(zip(free, theta.tolist(), strict=True))
+    real = _choices(real)
 
     def function(theta: F64) -> F64:
-        now = named(theta)
-        values = values_of(now, probits)
-        found = [
-            synthetic_layer(one, row, values, k, n_experts, job.where, job.renormalised)
-            for one in drawn(*(now[name] for name in FREE_MEMORY))
-        ]
-        return residuals(real, {name: float(np.mean([each[name] for each in found])) for name in real})
+        now = dict(zip(free, theta.tolist(), strict=True))
+        memory = _memory(job.memory, now)
+        return residuals(real, _simulated(job, memory, 2000, row, values_of(now, probits), real))
 
-    return named(minimise(function, list(free.values())))
+    theta = minimise(function, list(free.values()), n_rounds=6)
+    return {name: each.start for name, each in FREE_MEMORY.items()} | dict(zip(free, theta.tolist(), strict=True))
+
+
+def _memory(start: Memory, theta: dict[str, float]) -> Memory:
+    if "slow" not in theta:
+        return start
+    return start._replace(
+        slow_correlation=_logistic(theta["slow"]),
+        fast_correlation=_logistic(theta["fast"]),
+        correlation_spread=theta["spread"],
+    )
+
+
+def _choices(real: dict[str, float]) -> dict[str, float]:
+    """Return the statistics that the choices decide, without the gate weights."""
+    return {name: value for name, value in real.items() if not name.startswith("weight_rank")}
 
 
 def shared_prefix(trace: RecordedTrace) -> int:
@@ -225,17 +280,6 @@ class _Job(NamedTuple):
     seed: int
 
 
-_REMEMBERED: list[_Job] = []
-
-
-def _remember(job: _Job) -> None:
-    _REMEMBERED[:] = [job]
-
-
-def _fit_remembered(row: int, real: dict[str, float]) -> FittedLayer:
-    return _fit_layer(_REMEMBERED[0], row, real)
-
-
 def generator(trace: RecordedTrace, memory: Memory, domains: Sequence[str]) -> tuple[Affinity, TrafficShape]:
     """Return a config that draws every part, and the shape, for synthetic traces of the sequences of ``trace``."""
     n_layers, _, k = trace.topk_ids.shape
@@ -252,6 +296,7 @@ def generator(trace: RecordedTrace, memory: Memory, domains: Sequence[str]) -> t
         fast_correlation=memory.fast_correlation,
         correlation_spread=memory.correlation_spread,
         token_variance=0.2,
+        scale_spread=0.2,
         prefix_length=memory.prefix_length,
         layer_profile=None,
     )
@@ -266,46 +311,86 @@ def draws(job: _Job, seeds: Sequence[int]) -> list[Draw]:
     return [draw(config, shape, job.trace.seqlens, seed, topics) for seed in seeds]
 
 
-@functools.lru_cache(maxsize=1)
-def _fitting_draws(key: int, n_seeds: int) -> list[Draw]:
-    """Draws serve all layers of a process; ``key`` is the identity of the job in `_REMEMBERED`."""
-    job = _REMEMBERED[0]
-    return draws(job, [job.seed + 1000 + i for i in range(n_seeds)])
+_DRAWN: dict[tuple[Any, ...], list[Draw]] = {}
+"""The last draws of this process: they serve all layers."""
 
 
-def _n_seeds(job: _Job) -> int:
-    return int(np.clip(_SEEDS_TOKENS // job.trace.n_tokens, 1, _MAX_SEEDS))
+def _fitting_draws(job: _Job, memory: Memory, first_seed: int) -> list[Draw]:
+    n_seeds = int(np.clip(_SEEDS_TOKENS // job.trace.n_tokens, 1, _MAX_SEEDS))
+    key = (memory, first_seed, job.seed, job.domains, job.trace.seqlens.tobytes(), job.trace.domain_of_sequence)
+    key += (job.trace.topk_ids.shape, job.trace.n_routed_experts)
+    if key not in _DRAWN:
+        _DRAWN.clear()
+        _DRAWN[key] = draws(job._replace(memory=memory), [job.seed + first_seed + i for i in range(n_seeds)])
+    return _DRAWN[key]
 
 
-def _fit_layer(job: _Job, row: int, real: dict[str, float]) -> FittedLayer:
-    if not _REMEMBERED or _REMEMBERED[0] is not job:
-        _remember(job)
-    synthetic = _fitting_draws(id(job), _n_seeds(job))
-    probits = probits_of(job.trace, row, job.memory.prefix_length)
+def _simulated(
+    job: _Job, memory: Memory, first_seed: int, row: int, values: LayerValues, real: dict[str, float]
+) -> dict[str, float]:
+    """Return the mean of the statistics in ``real`` over synthetic traces of a layer with ``values``."""
     k, n_experts = job.trace.topk_ids.shape[2], job.trace.n_routed_experts
-    names = _free(job, real)
-
-    def values(theta: F64) -> LayerValues:
-        return values_of(dict(zip(names, theta.tolist(), strict=True)), probits)
-
-    def simulate(theta: F64) -> dict[str, float]:
-        found = [
-            synthetic_layer(one, row, values(theta), k, n_experts, job.where, job.renormalised) for one in synthetic
-        ]
-        return {name: float(np.mean([each[name] for each in found])) for name in real}
-
-    theta = minimise(lambda theta: residuals(real, simulate(theta)), [FREE[name] for name in names])
-    return FittedLayer(job.trace.layers[row], dict(zip(names, theta.tolist(), strict=True)), values(theta), real)
+    found = [
+        stat.layer_statistics(route(one.logits(row, values), k), n_experts, job.where)
+        for one in _fitting_draws(job, memory, first_seed)
+    ]
+    return {name: float(np.mean([each[name] for each in found])) for name in real}
 
 
-def _free(job: _Job, real: dict[str, float]) -> list[str]:
-    """Return the parameters that the trace says something about."""
-    unknown = set()
-    if not job.domains:
-        unknown.add("topic_factor")
-    if "weight_rank_1" not in real:
-        unknown.add("logit_scale")
-    return [name for name in FREE if name not in unknown]
+def _fit_layer(
+    job: _Job, whole: _Job, row: int, wanted: dict[str, float], real: dict[str, float], near: dict[str, float]
+) -> FittedLayer:
+    """Fit a layer of ``job`` to the statistics ``wanted``, from the parameters ``near``; end on the ``whole`` trace."""
+    names = _free(job)
+    theta = {name: near[name] for name in names}
+    theta = _fit_choices(job, row, wanted, theta, names)
+    if whole.trace is not job.trace:
+        theta = _fit_choices(whole, row, real, theta, [name for name in names if name in _POLISHED])
+    probits = probits_of(whole.trace, row, whole.memory.prefix_length)
+    if "weight_rank_1" in real:
+        theta |= _fit_weights(job, row, wanted, values_of(theta, probits))
+    return FittedLayer(whole.trace.layers[row], theta, values_of(theta, probits), real)
+
+
+def _fit_choices(
+    job: _Job, row: int, real: dict[str, float], start: dict[str, float], names: Sequence[str]
+) -> dict[str, float]:
+    """Return ``start`` with the parameters ``names`` changed to fit."""
+    real = _choices(real)
+    probits = probits_of(job.trace, row, job.memory.prefix_length)
+
+    def function(theta: F64) -> F64:
+        values = values_of(start | dict(zip(names, theta.tolist(), strict=True)), probits)
+        return residuals(real, _simulated(job, job.memory, 1000, row, values, real))
+
+    theta = minimise(function, [FREE[name] for name in names], [start[name] for name in names])
+    return start | dict(zip(names, theta.tolist(), strict=True))
+
+
+def _fit_weights(job: _Job, row: int, real: dict[str, float], values: LayerValues) -> dict[str, float]:
+    """Return the logit scale and its spread over tokens that give the gate weights of ``real``; choices stay."""
+    k = job.trace.topk_ids.shape[2]
+    profile = {name: value for name, value in real.items() if name.startswith("weight_rank")}
+    routed = []
+    for one in _fitting_draws(job, job.memory, 1000):
+        logits = one.logits(row, values._replace(logit_scale=1.0, scale_spread=0.0))
+        routed.append((logits, route(logits, k), one.sureness))
+
+    def function(theta: F64) -> F64:
+        mean = np.zeros(k)
+        for logits, ids, sureness in routed:
+            scaled = logits * np.float32(np.exp(theta[0]))
+            rescale(scaled, sureness, float(theta[1]), 0.0)
+            mean += stat.weight_profile(gate_weights(scaled, ids, job.renormalised)) / len(routed)
+        return residuals(profile, {f"weight_rank_{rank + 1}": float(value) for rank, value in enumerate(mean)})
+
+    theta = minimise(function, list(FREE_WEIGHTS.values()), n_rounds=12)
+    return dict(zip(FREE_WEIGHTS, theta.tolist(), strict=True))
+
+
+def _free(job: _Job) -> list[str]:
+    """Return the parameters of the choices that the trace says something about."""
+    return [name for name in FREE if name != "topic_factor" or job.domains]
 
 
 def synthetic_layer(
@@ -346,6 +431,7 @@ def values_of(theta: dict[str, float], probits: F64) -> LayerValues:
         latent_rank=float(np.exp(theta["latent_rank"])),
         basis_tail=float(np.exp(theta["basis_tail"])),
         memory_spread=theta["memory_spread"],
+        scale_spread=theta.get("scale_spread", 0.0),
         iid_variance=1.0 / whole,
         **{name: value / whole for name, value in ratio.items()},
     )
@@ -364,15 +450,17 @@ def residuals(real: dict[str, float], synthetic: dict[str, float]) -> F64:
     return np.array(found)
 
 
-def minimise(function: Callable[[F64], F64], free: Sequence[Free], n_rounds: int = 7) -> F64:
-    """Return the parameters with the least soft-L1 loss found by Levenberg-Marquardt, within bounds."""
-    start, low, high, step = np.array(free).T
+def minimise(
+    function: Callable[[F64], F64], free: Sequence[Free], start: Sequence[float] | None = None, n_rounds: int = 7
+) -> F64:
+    """Return the parameters with the least soft-L1 loss found by Levenberg-Marquardt, within bounds, from ``start``."""
+    usual, low, high, step = np.array(free).T
     n_free = len(free)
 
     def loss(r: F64) -> float:
         return float((np.sqrt(1 + (r / 0.15) ** 2) - 1).sum())
 
-    theta: F64 = start.copy()
+    theta: F64 = usual.copy() if start is None else np.clip(np.array(start), low, high)
     now = function(theta)
     damping = 0.1
     jacobian = np.zeros((len(now), n_free))
@@ -387,7 +475,7 @@ def minimise(function: Callable[[F64], F64], free: Sequence[Free], n_rounds: int
             fresh = True
         weight = 1 / np.sqrt(1 + (now / 0.15) ** 2)
         normal = (jacobian * weight[:, None]).T @ jacobian
-        gradient = (jacobian * weight[:, None]).T @ now + 0.02 * (theta - start)
+        gradient = (jacobian * weight[:, None]).T @ now + 0.02 * (theta - usual)
         for _ in range(3):
             system = normal + np.diag(damping * (np.diag(normal) + 0.05)) + 0.02 * np.eye(n_free)
             move = np.clip(np.linalg.solve(system, -gradient), -3 * step, 3 * step)

@@ -88,11 +88,17 @@ def layer_statistics(topk_ids: I16, n_experts: int, where: Layout, topk_weights:
     found |= _latent_lags(chosen, where.start_of, share)
     found |= _coactivation(chosen, share)
     if topk_weights is not None:
-        profile = np.sort(topk_weights, axis=1)[:, ::-1].mean(axis=0, dtype=np.float64)
+        profile = weight_profile(topk_weights)
         found |= {f"weight_rank_{rank + 1}": float(value) for rank, value in enumerate(profile)}
     if where.domain is not None:
         found["domain_js"] = _mean_js(topk_ids, where, n_experts)
     return found
+
+
+def weight_profile(topk_weights: F32) -> F64:
+    """Return the mean gate weight of a token's best, second, ... expert, [k], of weights [N, k] in any order."""
+    profile: F64 = np.sort(topk_weights, axis=1)[:, ::-1].mean(axis=0, dtype=np.float64)
+    return profile
 
 
 def equal(name: str, real: float, other: float) -> bool:

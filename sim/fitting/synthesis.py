@@ -14,9 +14,9 @@ import numpy.typing as npt
 
 from sim.kernels import affinity as kernel
 from sim.kernels.choose import choose
-from sim.tokens import F32, I16, I32, I64
+from sim.tokens import F32, F64, I16, I32, I64
 from sim.traffic import TrafficShape
-from sim.traffic.affinity import NOISE_BITS, Affinity, AffinityBatch, AffinitySource, LayerValues
+from sim.traffic.affinity import NOISE_BITS, Affinity, AffinityBatch, AffinitySource, LayerValues, rescale
 
 # Loads and choices of a fit are asked for hundreds of times: always worth compiling.
 _KERNELS = choose(1 << 40)
@@ -30,11 +30,12 @@ class Draw:
     topic: I32
     latents: F32
     noise_keys: npt.NDArray[np.uint32]
+    sureness: F64
 
     def logits(self, layer: int, values: LayerValues) -> F32:
         """Return float32 logits [N, E] of MoE layer ``layer`` if it had ``values``."""
         tables = self.source.draw_layer(layer, values)
-        return kernel.combine(
+        logits = kernel.combine(
             tables.base,
             self.topic,
             self.source.noise,
@@ -45,6 +46,9 @@ class Draw:
             tables.basis,
             compiled=True,
         )
+        if tables.scale_spread:
+            rescale(logits, self.sureness, tables.scale_spread, self.source.config.logit_mean)
+        return logits
 
 
 def draw(config: Affinity, shape: TrafficShape, seqlens: I64, seed: int, topics: Sequence[int] | None = None) -> Draw:
@@ -66,6 +70,7 @@ def draw(config: Affinity, shape: TrafficShape, seqlens: I64, seed: int, topics:
         topic=topic,
         latents=np.concatenate([part.latents for part in drawn]),
         noise_keys=np.concatenate([part.noise_keys for part in drawn]),
+        sureness=np.concatenate([np.zeros(0), *(part.sureness for part in drawn if part.sureness is not None)]),
     )
 
 

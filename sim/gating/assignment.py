@@ -45,7 +45,7 @@ def balanced_bound(scores: F32, k: int, kernels: Kernels) -> Prices:
     n_tokens, n_experts = scores.shape
     share = n_tokens * k / n_experts
     price, best = np.zeros(n_experts), Prices(np.inf, np.zeros(n_experts))
-    spread, more = float(scores.std()) or 1.0, n_tokens * k % n_experts
+    spread, more = float(scores.std(dtype=np.float64)) or 1.0, n_tokens * k % n_experts
     for turn in range(_ROUNDS):
         bound, counts = _dual(scores, price, k, kernels)
         bound += float(np.sort(price)[n_experts - more :].sum() - more * price.mean())

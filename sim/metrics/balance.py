@@ -72,8 +72,12 @@ def uniform_max_vio(n_tokens: int, n_experts: int, k: int) -> float:
     if n_tokens == 0 or k >= n_experts:
         return 0.0
     p = k / n_experts
-    cdf = np.minimum(np.cumsum(_binomial(n_tokens, p)), 1.0)
-    expected_max = float((1.0 - cdf**n_experts).sum())
+    # Beyond 40 standard deviations there is nothing: many steps of many tokens need no array of all of them.
+    reach = 40 * int((n_tokens * p) ** 0.5 + 1)
+    low, high = max(0, int(n_tokens * p) - reach), min(n_tokens, int(n_tokens * p) + reach)
+    pmf = _binomial(n_tokens, p) if low == 0 else _binomial_between(n_tokens, p, low, high)
+    cdf = np.minimum(np.cumsum(pmf), 1.0)
+    expected_max = low + float((1.0 - cdf**n_experts).sum())
     return expected_max / (n_tokens * p) - 1.0
 
 
@@ -82,6 +86,15 @@ def _binomial(n: int, p: float) -> F64:
     x = np.arange(n, dtype=np.float64)
     steps = np.log((n - x) / (x + 1.0)) + np.log(p / (1.0 - p))
     pmf: F64 = np.exp(np.concatenate([[0.0], np.cumsum(steps)]) + n * np.log1p(-p))
+    return pmf
+
+
+def _binomial_between(n: int, p: float, low: int, high: int) -> F64:
+    """As `_binomial` for x = low..high alone, which must hold all of the mass that matters."""
+    x = np.arange(low, high, dtype=np.float64)
+    log_pmf = np.concatenate([[0.0], np.cumsum(np.log((n - x) / (x + 1.0)) + np.log(p / (1.0 - p)))])
+    weight = np.exp(log_pmf - log_pmf.max())
+    pmf: F64 = weight / weight.sum()
     return pmf
 
 

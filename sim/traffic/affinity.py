@@ -39,6 +39,7 @@ _LATENT_CACHE_BYTES = 256 * 2**20
 _FACTORS = ("logit_scale", "temporal", "topic")  # of a profile; its other values replace
 _MOST = 1024.0  # bound of a profile's replaced values
 _MOST_SPREAD = 8.0
+_MOST_SURE = 4.0
 _MOST_TILT = 30.0  # exp of it squared is far from overflow
 _Preference = Annotated[float, Field(ge=-100, le=100)]
 
@@ -233,6 +234,15 @@ class _Part(NamedTuple):
     correlation: F64 | None
 
 
+class _Prefix(NamedTuple):
+    """The P tokens that all sequences begin with."""
+
+    latents: F32  # [P, parts, R]
+    noise_keys: npt.NDArray[np.uint32]  # [P]
+    token_ids: I32 | None  # [P]
+    sureness: F64 | None  # [P]
+
+
 class _LayerTables(NamedTuple):
     base: F32  # [topics, E], logit_mean and scale included
     basis: F32  # [R, E], unit columns
@@ -240,6 +250,16 @@ class _LayerTables(NamedTuple):
     noise_gain: float
     noise_key: int
     scale_spread: float
+
+
+def rescale(logits: F32, sureness: F64, spread: float, mean: float) -> None:
+    """Multiply each token's logits [T, E], counted from ``mean``, by exp(spread sureness[t]), in place."""
+    factor = exp(spread * np.clip(sureness, -_MOST_SURE, _MOST_SURE)).astype(np.float32)[:, None]
+    if mean:
+        logits -= np.float32(mean)
+    logits *= factor
+    if mean:
+        logits += np.float32(mean)
 
 
 def _places(rank: int) -> F64:
@@ -306,13 +326,20 @@ class AffinitySource(Source):
             2**NOISE_BITS + shape.n_routed_experts - 1, dtype=np.float32
         )
         self._layers: dict[int, _LayerTables] = {}
-        self.prefix = self._draw_prefix() if config.prefix_length else None
+        self.scaled = any(self.values(layer).scale_spread > 0 for layer in range(shape.n_moe_layers))
+        self._prefix: _Prefix | None = None
         self._work = 0
 
-    def _draw_prefix(self) -> tuple[F32, npt.NDArray[np.uint32], I32 | None]:
-        """Return the latents [P, parts, R], noise keys [P] and ids [P] of the tokens that all sequences begin with."""
+    def prefix(self, n_tokens: int) -> _Prefix | None:
+        """Return the tokens that all sequences begin with, as many as ``n_tokens`` can hold; None without any."""
+        length = min(self.config.prefix_length, self.config.sequence_length, n_tokens)
+        if self._prefix is None or len(self._prefix.noise_keys) < length:
+            self._prefix = self._draw_prefix(length) if length else None
+        return self._prefix and _Prefix(*(None if part is None else part[:length] for part in self._prefix))
+
+    def _draw_prefix(self, length: int) -> _Prefix:
+        """Draw ``length`` tokens; a longer prefix begins with a shorter one."""
         config = self.config
-        length = min(config.prefix_length, config.sequence_length)
         ids = None
         if self.words is not None:
             ids = self.words.ids(length, stream(self.seed, "traffic", "prefix", "token_ids", self.replica))
@@ -330,7 +357,8 @@ class AffinitySource(Source):
                 self.words.blend(ids, x)
             latents[:, i] = x
         keys = stream(self.seed, "traffic", "prefix", self.replica).integers(2**32, size=length, dtype=np.uint32)
-        return latents, keys, ids
+        sureness = stream(self.seed, "traffic", "prefix", "scale", self.replica).standard_normal(length)
+        return _Prefix(latents, keys, ids, sureness)
 
     def values(self, layer: int) -> LayerValues:
         """Return the parameters of ``layer``: the config's own, what the profile replaces, and its factors."""
@@ -437,6 +465,7 @@ class _RankLatents(NamedTuple):
     token_ids: I32 | None  # [T]
     latents: F32  # [T, parts, R]
     noise_keys: npt.NDArray[np.uint32]  # [T]
+    sureness: F64 | None  # [T] normals whose exponential scales a token's logits; None where no layer uses them
 
 
 class AffinityBatch(Batch):
@@ -469,6 +498,8 @@ class AffinityBatch(Batch):
             tables.basis,
             compiled=self.compiled,
         )
+        if tables.scale_spread and drawn.sureness is not None:
+            rescale(logits, drawn.sureness, tables.scale_spread, source.config.logit_mean)
         return Tokens(rank=rank, logits=logits, topic=drawn.topic, sequence=drawn.sequence, token_ids=drawn.token_ids)
 
     def drawn(self, rank: int) -> _RankLatents:
@@ -511,17 +542,21 @@ class AffinityBatch(Batch):
             latents[:, i] = np.repeat(x, length, axis=0)[:n_tokens] if part.correlation is None else x
         topic = self._topics(leaf, sequence, draw)
         noise_keys = draw("noise").integers(2**32, size=n_tokens, dtype=np.uint32)
-        if source.prefix is not None:
+        sureness = draw("scale").standard_normal(n_tokens) if source.scaled else None
+        prefix = source.prefix(n_tokens)
+        if prefix is not None:
             position = np.arange(n_tokens) % length
-            head = np.flatnonzero(position < len(source.prefix[1]))
-            latents[head] = source.prefix[0][position[head]]
-            noise_keys[head] = source.prefix[1][position[head]]
-            if token_ids is not None and source.prefix[2] is not None:
-                token_ids[head] = source.prefix[2][position[head]]
+            head = np.flatnonzero(position < len(prefix.noise_keys))
+            latents[head] = prefix.latents[position[head]]
+            noise_keys[head] = prefix.noise_keys[position[head]]
+            if token_ids is not None and prefix.token_ids is not None:
+                token_ids[head] = prefix.token_ids[position[head]]
+            if sureness is not None and prefix.sureness is not None:
+                sureness[head] = prefix.sureness[position[head]]
         for array in (topic, sequence, token_ids):
             if array is not None:
                 array.setflags(write=False)  # every layer hands out the same array
-        return _RankLatents(topic, sequence, token_ids, latents, noise_keys)
+        return _RankLatents(topic, sequence, token_ids, latents, noise_keys, sureness)
 
     def _topics(self, leaf: I64, sequence: I32, draw: Callable[[str], np.random.Generator]) -> I32:
         """Return the topic of each token [T] from each sequence's ``leaf``: the phase at its place in the sequence."""

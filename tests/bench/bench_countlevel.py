@@ -78,11 +78,11 @@ def main() -> int:
             f"T = {tokens:8d}: a step routed {routed * 1e3:8.1f} ms, drawn {drawn * 1e3:6.2f} ms: {routed / drawn:6.0f} x; "
             f"pilot of {PILOT} ranks {pilot * 1e3:.0f} ms"
         )
-        for steps in (10, 100, 1000):
-            whole = pilot + steps * drawn
-            print(
-                f"    {steps:5d} steps with the pilot: {steps * routed:8.2f} s / {whole:6.2f} s = {steps * routed / whole:5.0f} x"
-            )
+        for batches in (1, 16, 256):  # what a pilot of so many batches leaves: `sim.countlevel`
+            once = pilot * batches * RANKS / PILOT
+            ratios = [f"{n} steps {n * routed / (once + n * drawn):.1f} x" for n in (100, 1000, 10_000)]
+            worth = once / (routed / GATE - drawn) if routed > GATE * drawn else float("inf")
+            print(f"    with a pilot of {batches:3d} batches: {', '.join(ratios)}; {GATE:.0f} x from {worth:.0f} steps")
         if routed < GATE * drawn:
             missed.append(f"T = {tokens}: a drawn step is {routed / drawn:.0f} times faster, wanted {GATE:.0f}")
     for steps in (4,) if quick else (4, 32):

@@ -39,7 +39,6 @@ class Quantile(Balance):
     kind: Literal["quantile"] = "quantile"
     scope: Literal["micro_batch", "ep_group", "global_batch"] = "micro_batch"
     samples: ClassVar[bool] = True
-    rests_when_even: ClassVar[bool] = False  # it sets thresholds from affinities, whatever was chosen
 
     def start(self, shape: GateShape) -> F64:
         return np.zeros(shape.n_routed_experts)
