@@ -17,7 +17,8 @@ _BALANCE = (
     "least_share", "kept_affinity", "nodes_per_token", "devices_per_token", "inter_node_bytes",
 )  # fmt: skip
 _EXPERTS = (
-    "max_vio_sequence", "max_vio_sequence_floor", "topic_max_vio", "specialisation_bits", "kept_against_oracle",
+    "max_vio_sequence", "max_vio_sequence_floor", "max_vio_micro_batch", "max_vio_micro_batch_floor", "max_vio_ep_group",
+    "topic_max_vio", "specialisation_bits", "kept_against_oracle",
     "starved_10pct", "update_cv", "experts_per_token", "dropped_share", "dropped_worst_topic", "offset_rms",
 )  # fmt: skip
 _CONTROL = ("max_vio_late", "settling_step", "ripple", "churn")
@@ -97,6 +98,8 @@ def _table(result: Result, names: Sequence[str]) -> list[str]:
 def _says(name: str, value: float, result: Result) -> bool:
     if name == "experts_per_token":  # of interest where policies differ from the model's number
         return any(policy.select.varies for policy in result.scenario.policies)
+    if name.startswith(("max_vio_micro_batch", "max_vio_ep_group")) and result.scenario.schedule.micro_batches == 1:
+        return False  # the EP group's micro-batch is the batch
     return not math.isnan(value) and value != _DULL.get(name)
 
 

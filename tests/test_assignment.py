@@ -48,20 +48,29 @@ def _best_one_each(scores: F32, loads: I64) -> float:
 # --- balanced assignment ---
 
 
+def _made(kind: str, rng: np.random.Generator, n_tokens: int, n_experts: int) -> F32:
+    match kind:
+        case "continuous":
+            return rng.random((n_tokens, n_experts), dtype=np.float32)
+        case "ties":
+            return dyadic(rng, n_tokens, n_experts, 5)
+        case "logits":
+            skew = 2 * np.arange(n_experts, dtype=np.float32)
+            return rng.standard_normal((n_tokens, n_experts), dtype=np.float32) * 3 + skew
+        case "huge":
+            return rng.choice(np.array([-1e4, 1e4, 9e3], np.float32), (n_tokens, n_experts))
+        case "equal":
+            return np.full((n_tokens, n_experts), 0.25, np.float32)
+        case _:
+            return np.eye(n_experts, dtype=np.float32)[np.zeros(n_tokens, int)]
+
+
 @pytest.mark.parametrize("kind", ["continuous", "ties", "logits", "huge", "equal", "one-hot"])
 @pytest.mark.parametrize(("n_tokens", "n_experts"), [(24, 6), (64, 16), (30, 7), (3, 5), (1, 4)])
 def test_assignment_is_optimal_for_one_expert_per_token(kind: str, n_tokens: int, n_experts: int) -> None:
     """Against scipy's assignment solver on duplicated columns."""
     for seed in range(4):
-        rng = np.random.default_rng(seed)
-        scores: F32 = {
-            "continuous": lambda: rng.random((n_tokens, n_experts), dtype=np.float32),
-            "ties": lambda: dyadic(rng, n_tokens, n_experts, 5),
-            "logits": lambda: rng.standard_normal((n_tokens, n_experts), dtype=np.float32) * 3 + 2 * np.arange(n_experts, dtype=np.float32),
-            "huge": lambda: rng.choice(np.array([-1e4, 1e4, 9e3], np.float32), (n_tokens, n_experts)),
-            "equal": lambda: np.full((n_tokens, n_experts), 0.25, np.float32),
-            "one-hot": lambda: np.eye(n_experts, dtype=np.float32)[np.zeros(n_tokens, int)],
-        }[kind]()  # fmt: skip
+        scores = _made(kind, np.random.default_rng(seed), n_tokens, n_experts)
         loads = even_loads(n_tokens, 1, n_experts)
         ids = balanced_assignment(scores, 1, PLAIN)
         assert _counts(ids, n_experts) == loads.tolist()
@@ -78,7 +87,9 @@ def test_assignment_is_optimal_for_several(n_tokens: int, n_experts: int, k: int
     loads = even_loads(n_tokens, k, n_experts)
     for seed in range(6):
         rng = np.random.default_rng(seed)
-        scores = dyadic(rng, n_tokens, n_experts, 9) if seed % 2 else rng.random((n_tokens, n_experts), dtype=np.float32)
+        scores = (
+            dyadic(rng, n_tokens, n_experts, 9) if seed % 2 else rng.random((n_tokens, n_experts), dtype=np.float32)
+        )
         best = even = -math.inf
         for choice in itertools.product(sets, repeat=n_tokens):
             counts = np.bincount(np.ravel(choice), minlength=n_experts)
@@ -160,7 +171,9 @@ def test_base_solves_on_raw_affinities_in_training_and_is_greedy_after() -> None
     assert max_vio(_counts(served, 8)) > 1
     gate = Gate(Gating.model_validate({"select": "base"}), toy_model(8, 1))
     weights = gate.route(Tokens(0, logits, np.zeros(48, np.int32))).topk_weights
-    np.testing.assert_allclose(weights, 1 / (1 + np.exp(-np.take_along_axis(logits, trained.astype(int), 1))), atol=1e-6)
+    np.testing.assert_allclose(
+        weights, 1 / (1 + np.exp(-np.take_along_axis(logits, trained.astype(int), 1))), atol=1e-6
+    )
 
 
 # --- Sinkhorn ---
@@ -230,7 +243,9 @@ def published_quantile(scores: F64, beta: F64, k: int) -> list[float]:
     n_tokens, n_experts = scores.shape
     alpha = [sorted(row, reverse=True)[k] for row in (scores - beta).tolist()]
     q = n_tokens * k // n_experts
-    return [sorted((s - a for s, a in zip(column, alpha, strict=True)), reverse=True)[q] for column in scores.T.tolist()]
+    return [
+        sorted((s - a for s, a in zip(column, alpha, strict=True)), reverse=True)[q] for column in scores.T.tolist()
+    ]
 
 
 def _sample(scores: F32, part: int = 0, rank: int = 0) -> Sample:
@@ -295,3 +310,19 @@ def test_hash_tables() -> None:
     assert (np.sort(seeded) != np.sort(found["random"])).any()
     with pytest.raises(ValueError, match="vocabulary"):
         Hash().select(candidates(scores, k))
+
+
+def test_quantile_has_nothing_to_do_when_every_expert_is_chosen() -> None:
+    state = np.linspace(0, 1, 4)
+    seen = Seen(np.full((1, 1, 4), 8), None, (_sample(np.random.default_rng(0).random((8, 4), dtype=np.float32)),))
+    np.testing.assert_array_equal(Quantile().update(state, seen, GateShape(4, 4), 0), state)
+    assert "group_limited" in Quantile().note(toy_model(4, 2))
+
+
+def test_sinkhorn_stops_at_its_last_iteration() -> None:
+    """One sweep is less even than many."""
+    rng = np.random.default_rng(6)
+    logits = (rng.standard_normal((400, 16)) + np.linspace(-3, 3, 16)).astype(np.float32)
+    c = candidates(PLAIN.softmax(logits), 1, logits=logits)
+    once, many = (max_vio(_counts(Sinkhorn(max_iterations=n).select(c), 16)) for n in (1, 500))
+    assert many < once

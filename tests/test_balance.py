@@ -106,6 +106,25 @@ def test_only_relative_loads_matter(seed: int, name: str, factor: int) -> None:
     np.testing.assert_allclose(_moved(rule, factor * counts), _moved(rule, counts), rtol=1e-14)
 
 
+def test_one_bias_per_modality() -> None:
+    """Each modality's bias follows its own topics' loads; with one for all, opposite skews cancel."""
+    shape = GateShape(3, 1, modalities=("text", "image", "text"))
+    topics = np.array([[5, 0, 1], [0, 9, 3], [1, 0, 5]])
+    seen = Seen(topics.sum(axis=0)[None, None], topics)
+    rule = Bias(per="modality", bias_update_rate=0.5)
+    state = rule.update(rule.start(shape), seen, shape, 0)
+    assert state.tolist() == [[-0.5, 0.5, -0.5], [0.5, -0.5, 0.5]]  # text 6, 0, 6 of mean 4; image 0, 9, 3 of mean 4
+    assert np.asarray(rule.adjust(state, shape).shift).tolist() == [
+        state[0].tolist(),
+        state[1].tolist(),
+        state[0].tolist(),
+    ]
+    both = Bias(bias_update_rate=0.5)
+    assert both.update(both.start(shape), seen, shape, 0).tolist() == [[0.5, -0.5, -0.5]]
+    assert rule.problems(toy_model()) == []
+    assert Bias(per="modality", scope="ep_group").problems(toy_model())[0][0] == "per"
+
+
 def test_rate_over_steps() -> None:
     constant, linear = (
         Bias(bias_update_rate=0.5, stop_after_step=4),

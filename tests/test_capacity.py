@@ -23,7 +23,9 @@ POLICIES = ("probs", "position", "batch_prioritized")
 Kept = list[list[int]]
 
 
-def _asked(rng: np.random.Generator, n_tokens: int, n_experts: int, k: int, *, holes: bool = False, more: int = 0) -> Asked:
+def _asked(
+    rng: np.random.Generator, n_tokens: int, n_experts: int, k: int, *, holes: bool = False, more: int = 0
+) -> Asked:
     """Skewed random choices; with ``holes`` some tokens have fewer than k, with ``more`` the width is not the model's K."""
     skew = np.arange(n_experts) / n_experts
     scores = dyadic(rng, n_tokens, n_experts, 30) + skew.astype(np.float32)
@@ -258,7 +260,8 @@ def test_more_capacity_never_drops_what_less_kept(seed: int, policy: str, factor
 def test_more_budget_never_drops_what_less_kept(seed: int, a: float, b: float, share: float) -> None:
     asked = _asked(np.random.default_rng(seed), 30, 8, 2, holes=True)
     less, more = (
-        DeviceBudget(n_devices=2, capacity_factor=factor, protected_share=share).keep(asked) for factor in sorted((a, b))
+        DeviceBudget(n_devices=2, capacity_factor=factor, protected_share=share).keep(asked)
+        for factor in sorted((a, b))
     )
     assert (more[less >= 0] >= 0).all()
 
@@ -339,7 +342,9 @@ def test_drop_rate_of_uniform_routing(n_tokens: int, n_experts: int, k: int, fac
     share = []
     for seed in range(40):
         ids = Random().select(candidates(scores, k, seed=seed))
-        asked = Asked(ids, np.ones(ids.shape, np.float32), np.zeros(n_tokens, np.int32), n_experts, np.random.default_rng)
+        asked = Asked(
+            ids, np.ones(ids.shape, np.float32), np.zeros(n_tokens, np.int32), n_experts, np.random.default_rng
+        )
         share.append(_drops(asked, rule.keep(asked)) / ids.size)
     error = max(float(np.std(share)), 1e-5) / math.sqrt(len(share))
     assert np.mean(share) == pytest.approx(exact, abs=4 * error)
@@ -374,3 +379,22 @@ def test_switch_drops_less_than_one_percent_at_factor_1_25() -> None:
         error = float(np.std(share)) / math.sqrt(len(share))
         assert dropped[n_tokens] == pytest.approx(uniform_drop_rate(n_tokens, 128, 1, 1.25), abs=4 * error)
     assert dropped[2048] > 0.02 > 0.01 > dropped[4096] > dropped[16_384]
+
+
+# --- recorded choices ---
+
+
+def test_capacity_applies_to_recorded_choices() -> None:
+    """With recorded weights the lightest go; without them all are alike and the earlier token stays."""
+    ids = np.array([[0, 1], [0, 1], [0, 2]], np.int16)
+    weights = np.array([[0.2, 0.8], [0.7, 0.3], [0.5, 0.5]], np.float32)
+    capacity = {"kind": "expert_capacity", "capacity_factor": 0.6, "drop_policy": "probs"}
+    gate = Gate(Gating.model_validate({"select": "recorded", "capacity": capacity}), toy_model(4, 2))
+    for given_, kept in ((weights, [[-1, 1], [0, -1], [-1, 2]]), (None, [[0, 1], [-1, -1], [-1, 2]])):
+        tokens = Tokens(0, None, np.zeros(3, np.int32), topk_ids=ids, topk_weights=given_)
+        routing = gate.route(tokens)
+        assert routing.topk_ids.tolist() == kept
+        expected = np.where(np.array(kept) >= 0, 0.5 if given_ is None else given_, 0)
+        np.testing.assert_array_equal(routing.topk_weights, expected.astype(np.float32))
+    with pytest.raises(ValueError, match="neither logits nor recorded choices"):
+        gate.keep_recorded(Tokens(0, None, np.zeros(3, np.int32)), np.random.default_rng)

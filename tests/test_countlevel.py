@@ -22,6 +22,8 @@ from sim.conservation import ConservationError
 from sim.countlevel import BLOCKS_PER_PART, Cut, block_counts, draw, joined, noise_of_a_step
 from sim.estimate import estimate
 from sim.exchange import dispatch_layout
+from sim.gating import Gate
+from sim.gating.balance import Seen
 from sim.kernels import plain
 from sim.metrics.balance import max_vio, uniform_max_vio
 from sim.rng import stream
@@ -256,7 +258,7 @@ def test_draws_look_like_routed_batches(policy: int, routed: list[Counts], drawn
 
 def test_a_sequence_over_two_micro_batches() -> None:
     """Draws keep the two halves of a rank's sequence together: nothing changes, nor how much the halves have in common."""
-    shape = ["traffic.sequence_length=128", "schedule.micro_batches=2", PLAIN]
+    shape = ["traffic.sequence_length=64", "traffic.tokens_per_rank=64", "schedule.micro_batches=2", PLAIN]
     token, count_ = batches(*shape)[0], batches(*shape, *count(PILOT // 2))[0]
     found = differences(statistics(token), statistics(count_))
     assert found[worst(found)] > FAMILY, (worst(found), found[worst(found)])
@@ -404,8 +406,17 @@ def test_a_controller_settles_as_at_token_level() -> None:
     assert np.corrcoef(bias["again"], bias["count"])[0, 1] < 0.5  # another seed is another model
 
 
-def test_losses_learn_from_the_pilots_tokens() -> None:
-    """A sequence-wise loss, sampled from 2 of 4 ranks, balances about as well as from all."""
+def test_losses_learn_from_the_pilots_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sequence-wise loss, sampled from 2 of 4 ranks, balances about as well as from all, and sees as many tokens."""
+    seen: list[int] = []
+    update = Gate.update
+
+    def spy(gate: Gate, given_: Seen, *more: Any, **options: Any) -> None:
+        seen.append(sum(len(sample.topic) for sample in given_.samples))
+        update(gate, given_, *more, **options)
+
+    monkeypatch.setattr(Gate, "update", spy)
+    monkeypatch.setattr("sim.tally.SAMPLE_TOKENS", 128)
     loss = 'policies=[{"name": "loss", "balance": {"kind": "aux_loss", "scope": "sequence", "aux_loss_alpha": 0.01}}]'
     late = {}
     for name, overrides in {"token": [], "count": count(2)}.items():
@@ -414,6 +425,7 @@ def test_losses_learn_from_the_pilots_tokens() -> None:
         first = float(max_vio(counts.expert_tokens[:2].sum(axis=0)))
         assert late[name] < 0.5 * first
     assert 0.5 < late["count"] / late["token"] < 2
+    assert len(seen) == 80 and 0.8 < seen[40] / seen[0] < 1.25
 
 
 def test_policies_and_layers_meet_the_same_blocks() -> None:

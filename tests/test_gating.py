@@ -17,9 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sim.gating import Gate, Gating
-from sim.gating.balance import Balance, Seen
+from sim.gating.balance import Adjustment, Balance, Seen
 from sim.gating.balance.bias import Bias
 from sim.gating.capacity import Capacity
+from sim.gating.piece import GateShape
 from sim.gating.score import Score
 from sim.gating.select import Candidates, Select
 from sim.gating.select.dense import Dense
@@ -31,7 +32,7 @@ from sim.metrics.balance import expected_groups_touched
 from sim.plugin import Plugin, make, members
 from sim.rng import stream
 from sim.scenario import load
-from sim.tokens import F32, I16, I32, Tokens
+from sim.tokens import F32, F64, I16, I32, Tokens
 from tests.strategies import KERNELS, candidates, distinct, dyadic, seeds, shapes, toy_model
 
 SCENARIOS = Path(__file__).resolve().parents[1] / "scenarios"
@@ -212,6 +213,69 @@ def test_scales_multiply_and_shifts_add() -> None:
     assert gate.scale.tolist() == [0.5, 1.0, 1.5, 1.5]
     routing = gate.route(_tokens(np.array([[9.0, 0.0, -1.0, -2.0]], np.float32)))
     assert routing.topk_ids.tolist() == [[2]]  # 0.27 x 1.5 + 0.75 beats 1.0 x 0.5 - 0.75
+
+
+# --- what moves the router itself ---
+
+
+class _Pull(Balance):
+    """Not registered. Adds the loads' excess, x 0.01, to the logits of the topic 1."""
+
+    kind: str = "pull"
+
+    def start(self, shape: GateShape) -> F64:
+        return np.zeros(shape.n_routed_experts)
+
+    def adjust(self, state: F64, shape: GateShape) -> Adjustment:
+        return Adjustment(offset=np.stack([0 * state, state]))
+
+    def update(self, state: F64, seen: Seen, shape: GateShape, step: int, gain: float = 1.0) -> F64:
+        loads = seen.loads("global_batch")[0]
+        return state + 0.01 * (loads - loads.mean())
+
+
+def test_offsets_move_logits_by_topic_and_dynamics_belong_to_the_natural_affinity() -> None:
+    model, logits = toy_model(4, 1), np.zeros((2, 4), np.float32)
+    topic, seen = np.array([0, 1], np.int32), Seen(np.array([[[5, 1, 1, 1]]]))
+    expected = np.array([[0, 0, 0, 0], [0.03, -0.01, -0.01, -0.01]], np.float32)
+    learned = Gate(Gating(balance=(_Pull(),)), model, modalities=("text", "text"))
+    assumed = Gate(Gating(), model, modalities=("text", "text"), dynamics=(_Pull(),))
+    assumed.update(seen, 0, warming_up=True)
+    assert assumed.offset is None and assumed.router(logits, topic, np.random.default_rng).logits is logits
+    for gate in (learned, assumed):
+        gate.update(seen, 0)
+        router = gate.router(logits, topic, np.random.default_rng)
+        np.testing.assert_allclose(router.logits, expected, atol=1e-8)
+        np.testing.assert_array_equal(router.scores, gate.score.scores(router.logits, gate.kernels))
+    assert learned.moved and learned.natural_logits(logits, topic) is logits
+    assert not assumed.moved
+    np.testing.assert_allclose(assumed.natural_logits(logits, topic), expected, atol=1e-8)
+
+
+def test_jitter_is_switchs() -> None:
+    """Input x U(1 - eps, 1 + eps): a logit's noise has the spread eps / sqrt(3) of the token's logits, in training only."""
+    model, logits = toy_model(64, 1), np.random.default_rng(0).standard_normal((4000, 64), dtype=np.float32) * 2
+    topic = np.zeros(4000, np.int32)
+    gate = Gate(Gating(router_jitter_noise=0.1), model)
+    noise = gate.router(logits, topic, lambda: stream(0, "jitter")).logits - logits
+    assert noise.std() / np.sqrt(np.square(logits).mean()) == pytest.approx(0.1 / math.sqrt(3), rel=0.01)
+    assert abs(noise.mean()) < 4 * noise.std() / math.sqrt(noise.size)
+    assert gate.router(logits, topic, np.random.default_rng, training=False).logits is logits
+    assert Gate(Gating(), model).router(logits, topic, np.random.default_rng).logits is logits
+
+
+def test_llama_4_weighs_by_the_sigmoid_of_its_best_logit() -> None:
+    logits = np.random.default_rng(1).standard_normal((50, 16), dtype=np.float32)
+    routing = Gate(Gating.model_validate({"score": "sigmoid"}), toy_model(16, 1)).route(_tokens(logits))
+    np.testing.assert_array_equal(routing.topk_ids[:, 0], logits.argmax(axis=1))
+    np.testing.assert_allclose(routing.topk_weights[:, 0], 1 / (1 + np.exp(-logits.max(axis=1))), atol=1e-6)
+
+
+def test_a_bias_per_modality_needs_topics() -> None:
+    gate = Gate(Gating(balance=(Bias(per="modality"),)), toy_model(4, 1), modalities=("text", "image"))
+    gate.update(Seen(np.array([[[2, 2, 2, 2]]]), np.array([[2, 2, 1, 1], [0, 0, 1, 1]])), 0)
+    with pytest.raises(ValueError, match="topics"):
+        gate.choose(np.zeros((1, 4), np.float32), np.random.default_rng)
 
 
 # --- laws of every selection rule ---
@@ -411,9 +475,7 @@ def _label(rule: Select) -> str:
 BOUND = [(rule, law) for rule in variants() for law in LAWS if not exempt(law, rule)]
 
 
-@pytest.mark.parametrize(
-    ("rule", "law"), BOUND, ids=lambda v: _label(v) if isinstance(v, Select) else v.__name__
-)
+@pytest.mark.parametrize(("rule", "law"), BOUND, ids=lambda v: _label(v) if isinstance(v, Select) else v.__name__)
 def test_every_rule_keeps_every_law(rule: Select, law: Callable[..., None]) -> None:
     for seed in range(20 if rule.per_token else 6):  # linear programs take their time
         law(rule, np.random.default_rng(seed))
@@ -636,7 +698,7 @@ def test_random_picks_every_pair_equally_often() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    sorted({cls.__module__ for base in (Select, Balance, Score, Capacity) for cls in members(base).values() if cls.__module__.startswith("sim.")} | {"sim.gating"}),
+    sorted({cls.__module__ for base in (Select, Balance, Score, Capacity) for cls in members(base).values() if cls.__module__.startswith("sim.")} | {"sim.gating", "sim.gating.assignment"}),
 )  # fmt: skip
 def test_worked_examples(module: str) -> None:
     """Every piece of a gate shows in its docstring what it does to a few numbers, and that is true."""
@@ -650,3 +712,11 @@ def test_bases_of_families_cannot_be_used() -> None:
         assert issubclass(base, Plugin)
         with pytest.raises(TypeError, match="abstract"):
             base.model_validate({"kind": "x"})
+
+
+def test_thresholds_no_model_has_are_refused() -> None:
+    for kind in ("threshold", "top_p"):
+        rule = members(Select)[kind]
+        assert rule.model_validate({"kind": kind, "max_experts": 17}).problems(toy_model(16, 4))[0][0] == "max_experts"
+        assert rule.model_validate({"kind": kind, "max_experts": 16}).problems(toy_model(16, 4)) == []
+    assert members(Select)["gshard"].model_validate({"kind": "gshard"}).problems(toy_model(16, 4))[0][0] == "kind"

@@ -48,7 +48,9 @@ def _seen(seed: int, kind: str, parts: int = 2, ranks: int = 2, ids: I16 | None 
     counts = np.zeros((parts, ranks, E), np.int64)
     for part in range(parts):
         for rank in range(ranks):
-            logits = (rng.standard_normal((PER_SAMPLE, E)) + np.linspace(-1, 1, E) * (1 + part - rank)).astype(np.float32)
+            logits = (rng.standard_normal((PER_SAMPLE, E)) + np.linspace(-1, 1, E) * (1 + part - rank)).astype(
+                np.float32
+            )
             scores = score.scores(logits, plain)  # type: ignore[arg-type]
             biased = (scores + rng.random(E, dtype=np.float32) * scores.mean()).astype(np.float32)
             chosen = plain.topk(biased, ONE, ZERO, K) if ids is None else ids
@@ -79,7 +81,8 @@ def _groups(seen: Seen, scope: str, buffer: bool = False) -> list[tuple[list[tup
             counted = [
                 at
                 for at in every
-                if seen.samples[at[0]].part <= first.part and (scope == "ep_group" or seen.samples[at[0]].rank == first.rank)
+                if seen.samples[at[0]].part <= first.part
+                and (scope == "ep_group" or seen.samples[at[0]].rank == first.rank)
             ]
         found.append((mine, counted))
     return found
@@ -117,7 +120,11 @@ def written_out(
     return total / (len(seen.samples) * PER_SAMPLE)
 
 
-LOSSES: dict[str, type[BalanceLoss]] = {"aux_loss": AuxLoss, "device_loss": DeviceLoss, "communication_loss": CommunicationLoss}
+LOSSES: dict[str, type[BalanceLoss]] = {
+    "aux_loss": AuxLoss,
+    "device_loss": DeviceLoss,
+    "communication_loss": CommunicationLoss,
+}
 GROUPED: dict[str, dict[str, int]] = {"aux_loss": {}, "device_loss": {"n_group": D}, "communication_loss": {"n_group": D, "topk_group": M}}  # fmt: skip
 VARIANTS: list[dict[str, Any]] = [
     {},
@@ -201,7 +208,9 @@ def test_switch_and_megatron_write_the_same_loss() -> None:
     p, count = sample.scores.astype(float), seen.counts[0, 0]
     megatron = E / (K * PER_SAMPLE**2) * float((p.sum(axis=0) * count).sum())
     assert AuxLoss(scope="micro_batch").value(seen, SHAPE) == pytest.approx(megatron, rel=1e-6)
-    top1 = Sample(0, 0, sample.logits, sample.scores, sample.topk_ids[:, :1], sample.topic, sample.sequence, sample.score)
+    top1 = Sample(
+        0, 0, sample.logits, sample.scores, sample.topk_ids[:, :1], sample.topic, sample.sequence, sample.score
+    )
     share = plain.expert_tokens(top1.topk_ids, E) / PER_SAMPLE
     one = Seen(plain.expert_tokens(top1.topk_ids, E)[None, None], None, (top1,))
     assert AuxLoss(scope="micro_batch").value(one, GateShape(E, 1, modalities=SHAPE.modalities)) == pytest.approx(
@@ -267,17 +276,21 @@ def losses() -> list[RouterLoss]:
 def test_a_loss_settles_where_its_gradient_meets_the_pull_back(rule: RouterLoss, kind: str) -> None:
     """With F fixed, alpha / lambda g(theta) + theta = 0 in the end: theta rests, and coefficient 0 never moves it."""
     seen = _seen(7, kind)
-    still = rule.model_copy(update={name: 0.0 for name in ("aux_loss_alpha", "router_z_loss_coef") if hasattr(rule, name)})
+    still = rule.model_copy(
+        update={name: 0.0 for name in ("aux_loss_alpha", "router_z_loss_coef") if hasattr(rule, name)}
+    )
     start = rule.start(SHAPE)
     np.testing.assert_array_equal(still.update(start, seen, SHAPE, 0), start)
-    rule = rule.model_copy(update={"pull_back": rule.coefficient})  # alpha / lambda = 1
+    rule = rule.model_copy(update={"pull_back": rule.coefficient, "offset_update_rate": 0.5})  # alpha / lambda = 1
     theta, score = start, make(Score, kind)
-    for step in range(400):
+    for step in range(100):
         samples = []
         for sample in seen.samples:
             logits: F32 = (sample.logits + theta[sample.topic]).astype(np.float32)
             scores = score.scores(logits, plain)  # type: ignore[arg-type]
-            samples.append(Sample(sample.part, sample.rank, logits, scores, sample.topk_ids, sample.topic, sample.sequence, score))
+            samples.append(
+                Sample(sample.part, sample.rank, logits, scores, sample.topk_ids, sample.topic, sample.sequence, score)
+            )
         moved = Seen(seen.counts, seen.topic_counts, tuple(samples))
         theta = rule.update(theta, moved, SHAPE, step)
     gradient, _, _ = rule.gradient(moved, SHAPE)
@@ -290,7 +303,8 @@ def test_a_loss_settles_where_its_gradient_meets_the_pull_back(rule: RouterLoss,
 def test_topics_without_tokens_stay_where_they_are(rule: RouterLoss) -> None:
     seen = _seen(8, "sigmoid")
     samples = tuple(
-        Sample(s.part, s.rank, s.logits, s.scores, s.topk_ids, np.zeros_like(s.topic), s.sequence, s.score) for s in seen.samples
+        Sample(s.part, s.rank, s.logits, s.scores, s.topk_ids, np.zeros_like(s.topic), s.sequence, s.score)
+        for s in seen.samples
     )
     state = np.random.default_rng(0).standard_normal((3, E))
     moved = rule.update(state, Seen(seen.counts, seen.topic_counts, samples), SHAPE, 0)
@@ -319,3 +333,14 @@ def test_a_buffer_needs_micro_batches() -> None:
     groups = {rule.kind: rule for rule in (DeviceLoss(n_group=5), CommunicationLoss(n_group=5, topk_group=6))}
     assert [field for field, _ in groups["device_loss"].problems(model)] == ["n_group"]
     assert [field for field, _ in groups["communication_loss"].problems(model)] == ["n_group", "topk_group"]
+
+
+def test_offsets_stand_still_after_their_last_step() -> None:
+    """``stop_after_step``: constant or falling to 0 by then, and from there on nothing moves."""
+    seen, state = _seen(9, "sigmoid"), np.full((3, E), 0.25)
+    for decay, rates in (("constant", [0.1, 0.1, 0.1, 0.1, 0.0, 0.0]), ("linear", [0.1, 0.075, 0.05, 0.025, 0.0, 0.0])):
+        rule = AuxLoss.model_validate({"kind": "aux_loss", "stop_after_step": 4, "decay": decay})
+        assert [rule.rate(step) for step in range(6)] == pytest.approx(rates)
+        np.testing.assert_array_equal(rule.update(state, seen, SHAPE, 4), state)
+        assert (rule.update(state, seen, SHAPE, 3) != state).all()
+    assert AuxLoss(stop_after_step=0).rate(0) == 0.0 and AuxLoss(decay="linear").rate(10**6) == 0.1

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sim.fitting import counts
 from sim.rng import stream
 from sim.tokens import F32, F64, I16, I32, I64
 
@@ -78,15 +79,20 @@ def layer_statistics(topk_ids: I16, n_experts: int, where: Layout, topk_weights:
     (1.0, 0.5, 0.0)
     """
     n_tokens, k = topk_ids.shape
-    chosen: F32 = np.zeros((n_tokens, n_experts), dtype=np.float32)
-    np.put_along_axis(chosen, topk_ids.astype(np.int64), 1.0, axis=1)
-    load = chosen.sum(axis=0, dtype=np.float64)
+    ids = np.ascontiguousarray(topk_ids)
+    chosen = counts.incidence(ids, n_experts)
+    load = np.bincount(ids.ravel(), minlength=n_experts).astype(np.float64)
     share = load / n_tokens
+    both, pairs = counts.repeats(ids, chosen, where.start_of, LAGS)
     found = {"load_cv": _cv(load), "max_vio": _max_vio(load)}
-    found |= _batches(chosen, chosen[where.order], share, n_experts)
-    found |= _overlaps(chosen, where, k)
-    found |= _latent_lags(chosen, where.start_of, share)
-    found |= _coactivation(chosen, share)
+    found |= _batches(ids, share, n_experts, where.order)
+    found["overlap_random"] = counts.shared(ids, chosen, where.order) / n_tokens / k
+    if pairs[0] >= MIN_PAIRS:
+        n_others = int((where.partner != np.arange(n_tokens)).sum())
+        found["overlap_adjacent"] = float(both[0].sum() / pairs[0] / k)
+        found["overlap_same_sequence"] = counts.shared(ids, chosen, where.partner) / n_others / k
+    found |= _latent_lags(both, pairs, share, n_tokens)
+    found |= _coactivation(counts.together(ids, n_experts), share)
     if topk_weights is not None:
         profile = weight_profile(topk_weights)
         found |= {f"weight_rank_{rank + 1}": float(value) for rank, value in enumerate(profile)}
@@ -132,35 +138,29 @@ def ep_sizes(n_experts: int) -> tuple[int, ...]:
     return tuple(ranks for ranks in ((8, 16, 32) if n_experts >= 64 else (4, 8, 16)) if n_experts % ranks == 0)
 
 
-def _batches(chosen: F32, mixed: F32, share: F64, n_experts: int) -> dict[str, float]:
+def _batches(ids: I16, share: F64, n_experts: int, order: I64) -> dict[str, float]:
     found: dict[str, float] = {}
-    for kind, rows in (("consecutive", chosen), ("mixed", mixed)):
-        loads: F32 = rows[: 0 * len(rows)]
+    n_tokens, k = ids.shape
+    for kind in ("consecutive", "mixed"):
+        rows = ids if kind == "consecutive" else ids[order]
+        loads: F64 = np.zeros((0, n_experts))
         for size in BATCHES:
-            n_batches = len(rows) // size
+            n_batches = n_tokens // size
             if n_batches < MIN_BATCHES:
                 continue
-            loads = rows[: n_batches * size].reshape(n_batches, size, n_experts).sum(axis=1)
+            batch = np.repeat(np.arange(n_batches) * n_experts, size * k)
+            flat = np.bincount(batch + rows[: n_batches * size].ravel(), minlength=n_batches * n_experts)
+            loads = flat.reshape(n_batches, n_experts).astype(np.float64)
             found[f"load_cv_{kind}_{size}"] = _cv(loads)
             found[f"max_vio_{kind}_{size}"] = _max_vio(loads)
             if kind == "consecutive":
                 binomial = size * share * (1 - share)
                 used = binomial > 0
                 found[f"over_dispersion_{size}"] = float(np.median(loads.var(axis=0)[used] / binomial[used]))
-        if len(loads) and len(rows) // BATCHES[-1] >= MIN_BATCHES:
+        if n_tokens // BATCHES[-1] >= MIN_BATCHES:
             for ranks in ep_sizes(n_experts):
                 per_rank = loads.reshape(len(loads), ranks, -1).sum(axis=2)
                 found[f"ep_rank_max_vio_{kind}_{ranks}"] = _max_vio(per_rank)
-    return found
-
-
-def _overlaps(chosen: F32, where: Layout, k: int) -> dict[str, float]:
-    same = where.start_of[1:] == where.start_of[:-1]
-    found = {"overlap_random": float((chosen * chosen[where.order]).sum() / len(chosen) / k)}
-    if int(same.sum()) >= MIN_PAIRS:
-        found["overlap_adjacent"] = float((chosen[1:] * chosen[:-1]).sum(axis=1)[same].mean() / k)
-        other = where.partner != np.arange(len(chosen))
-        found["overlap_same_sequence"] = float((chosen * chosen[where.partner]).sum(axis=1)[other].mean() / k)
     return found
 
 
@@ -177,34 +177,28 @@ def _tetrachoric_terms(share: F64) -> F64:
     return np.array(terms)
 
 
-def _latent_lags(chosen: F32, start_of: I64, share: F64) -> dict[str, float]:
-    used = (share * len(chosen) >= MIN_SELECTIONS) & (share < 1)
-    if not used.any():
+def _latent_lags(both: F64, pairs: I64, share: F64, n_tokens: int) -> dict[str, float]:
+    used = (share * n_tokens >= MIN_SELECTIONS) & (share < 1)
+    if not used.any() or pairs[0] < MIN_PAIRS:
         return {}
     grid = np.linspace(-0.9, 0.99, 190)
-    terms = _tetrachoric_terms(share[used])
-    excess = sum(term[None] * grid[:, None] ** (n + 1) for n, term in enumerate(terms))
+    powers = grid ** np.arange(1, _SERIES + 1)[:, None]
+    excess = (_tetrachoric_terms(share[used])[:, :, None] * powers[:, None]).sum(axis=0)
+    lowest = excess.argmin(axis=1)
     found = {}
-    for lag in LAGS:
-        same = start_of[lag:] == start_of[:-lag]
-        n_pairs = int(same.sum())
+    for lag, there, n_pairs in zip(LAGS, both, pairs, strict=True):
         if n_pairs < MIN_PAIRS:
             continue
-        both = (chosen[lag:] * chosen[:-lag])[same].sum(axis=0, dtype=np.float64)[used] / n_pairs
-        gap = both - share[used] ** 2
+        gap = there[used] / n_pairs - share[used] ** 2
         # Below the smallest value that the series takes, the correlation is the one of that value.
-        rho = [
-            np.interp(value, column[low:], grid[low:])
-            for value, column in zip(gap, np.asarray(excess).T, strict=True)
-            for low in [int(column.argmin())]
-        ]
+        rho = [np.interp(value, row[low:], grid[low:]) for value, row, low in zip(gap, excess, lowest, strict=True)]
         found[f"latent_lag_{lag}"] = float(np.mean(rho))
     return found
 
 
-def _coactivation(chosen: F32, share: F64) -> dict[str, float]:
+def _coactivation(pairs: I64, share: F64) -> dict[str, float]:
     upper = np.triu_indices(len(share), 1)
-    together = (chosen.T @ chosen)[upper].astype(np.float64)
+    together = pairs[upper].astype(np.float64)
     if together.sum() == 0:  # k = 1
         return {}
     independent = np.outer(share, share)[upper]

@@ -242,9 +242,7 @@ class Gate:
         weight = self.weights(scores, asked if considered is None else considered)
         sequence = _sequence(tokens, len(asked))
         in_line = considered if self.select.dismissed_take_places else None
-        return self.capacity.keep(
-            Asked(asked, affinity, sequence, self.n_routed_experts, rng, self.k, weight, in_line)
-        )
+        return self.capacity.keep(Asked(asked, affinity, sequence, self.n_routed_experts, rng, self.k, weight, in_line))
 
     def keep_recorded(self, tokens: Tokens, rng: Callable[[], np.random.Generator]) -> Choices:
         """Apply the capacity to recorded choices; without recorded weights all affinities are equal."""

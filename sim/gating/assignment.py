@@ -92,8 +92,8 @@ def balanced_assignment(scores: F32, k: int, kernels: Kernels, loads: I64 | None
     wanted = even_loads(n_tokens, k, n_experts) if loads is None else loads
     if int(wanted.sum()) != n_tokens * k or wanted.max(initial=0) > n_tokens or wanted.min(initial=0) < 0:
         raise ValueError(f"loads must sum to tokens x k = {n_tokens * k} with 0 to {n_tokens} each, found {wanted}")
-    if k == n_experts:
-        return np.tile(np.arange(n_experts, dtype=np.int16), (n_tokens, 1))
+    if k == n_experts or n_tokens == 0:
+        return np.tile(np.arange(n_experts, dtype=np.int16), (n_tokens, 1))[:, :k]
     exact = scores.astype(np.float64)
     exact = (exact - exact.min()) / (float(np.ptp(exact)) or 1.0)  # the solver's tolerances are absolute
     priced = scores - balanced_bound(scores, k, kernels).price

@@ -431,7 +431,7 @@ class AffinitySource(Source):
             square += factor * factor
         basis /= np.sqrt(np.maximum(square, np.finfo(np.float64).tiny))
         variances = self._memory_variances(values, config.latent_rank)
-        gains = np.array([scale * variances[i] ** 0.5 for i in self._part_index]).reshape(-1, config.latent_rank)
+        gains = np.array([scale * variances[i] ** 0.5 for i in self._part_index]).reshape(len(self._part_index), config.latent_rank)
         return _LayerTables(
             base=(config.logit_mean + scale * base).astype(np.float32),
             basis=basis.astype(np.float32),

@@ -13,7 +13,8 @@ from sim.gating.balance.router_loss import ExpertLoss
 
 
 class AuxLoss(ExpertLoss):
-    """alpha sum_i f_i P_i.
+    """alpha sum_i f_i P_i, with sum_i f_i P_i = 1 at perfect balance. GShard's l_aux, 1/E sum_e (c_e / S) m_e of first
+    choices, is this over E^2.
 
     Two tokens with probabilities (.7, .2, .1) and (.6, .3, .1) both chose expert 0 of 3, so f = (3, 0, 0). The gradient
     p_j (f_j - sum_i f_i p_i) of the first is .7 x .9, .2 x -2.1, .1 x -2.1:

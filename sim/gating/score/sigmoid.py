@@ -10,7 +10,8 @@ from sim.tokens import F32, F64
 
 
 class Sigmoid(Score):
-    """s = 1 / (1 + exp(-z)).
+    """s = 1 / (1 + exp(-z)). With one expert per token and no normalisation this is Llama 4's weight, the sigmoid of the
+    best logit.
 
     >>> import numpy as np
     >>> from sim.kernels import plain

@@ -46,7 +46,7 @@ class Sinkhorn(Select):
 
     def select(self, candidates: Candidates) -> I16:
         c = candidates
-        if not self.training:
+        if not self.training or len(c.scores) == 0:
             return c.kernels.topk(c.scores, c.scale, c.shift, c.k)
         # The scaling absorbs each token's normaliser, so a softmax serves as exp(logits).
         cost = c.kernels.softmax(c.biased if c.logits is None else c.logits * c.scale + c.shift).astype(np.float64)

@@ -1,0 +1,64 @@
+"""``python -m sim.validate``: what a row means, that misses stay visible, and that the quick groups hold."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from sim import validate, validation
+from sim.validation import Figure, Inputs, groups
+
+ROOT = Path(__file__).resolve().parents[1]
+INPUTS = Inputs(ROOT / "scenarios")
+QUICK = ("gating", "geometry")
+
+
+def figure(published: float, ours: float, bar: float, **more: object) -> Figure:
+    return Figure(**({"name": "x", "source": "y", "published": published, "ours": ours, "bar": bar} | more))  # type: ignore[arg-type]
+
+
+def test_a_row_passes_within_its_bar_only() -> None:
+    assert figure(100, 104, 0.05).passed and not figure(100, 106, 0.05).passed and not figure(100, 94, 0.05).passed
+    assert figure(100, 104, 0.05).error == pytest.approx(0.04)
+    assert figure(0.5, 0.52, 0.03, absolute=True).passed and not figure(0.5, 0.54, 0.03, absolute=True).passed
+    assert figure(0.01, 0.001, 0, relation="at_most").passed and not figure(0.01, 0.011, 0, relation="at_most").passed
+    assert figure(50, 51, 0, relation="at_least").passed and not figure(50, 49, 0, relation="at_least").passed
+    assert not figure(1, math.nan, 10).passed
+
+
+@pytest.mark.parametrize("group", QUICK)
+def test_every_figure_of_the_quick_groups_is_met(group: str) -> None:
+    rows = list(groups()[group](INPUTS))
+    assert len(rows) > 10 and len({row.name for row in rows if not row.name.startswith("the same")}) > 10
+    assert [row.name for row in rows if not row.passed] == []
+    assert all(row.source and 0 <= row.bar <= 0.25 for row in rows)
+
+
+def test_a_miss_stays_in_the_table_and_in_the_count(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        figure(1, 1.01, 0.05, name="good"),
+        figure(1, 2, 0.05, name="bad", reason="the model knows no weather"),
+        figure(1, 1, 0.05, name="fitted", kind="calibration"),
+    ]
+    monkeypatch.setattr(validation, "groups", lambda: {"demo": lambda inputs: iter(rows)})
+    assert validate.main([]) == 0
+    text = capsys.readouterr().out
+    assert "MISS" in text and "+100.00 %" in text and "demo: bad: the model knows no weather" in text
+    assert text.splitlines()[-1] == "1 of 2 predictions within their bars; 1 calibration rows"
+    assert validate.main(["--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert [row["passed"] for row in data] == [True, False, True] and data[1]["group"] == "demo"
+
+
+def test_bad_calls_are_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for args, words in ((["--group", "geometri"], "must be one of"), (["--data", str(tmp_path / "no")], "is no folder")):
+        assert validate.main(args) == 2
+        captured = capsys.readouterr()
+        assert words in captured.err and captured.err.count("\n") == 1 and captured.out == ""
+    assert validate.main(["--list"]) == 0
+    assert capsys.readouterr().out.split() == list(groups())
