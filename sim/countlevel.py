@@ -1,21 +1,21 @@
-"""Loads without the tokens x experts matrix: a pilot is routed once, and its blocks of tokens are drawn again and again.
+"""Loads without the tokens x experts matrix: a pilot is routed once, its blocks of tokens are drawn again and again.
 
-A pilot's tokens are routed one by one and counted in blocks: per block the tokens per expert, per destination rank and per
-node. What a rank sends later is a sum of blocks drawn with replacement (block bootstrap). A block is made of whole
+A pilot's tokens are routed one by one and counted in blocks: per block the tokens per expert, per destination rank and
+per node. What a rank sends later is a sum of blocks drawn with replacement (block bootstrap). A block is made of whole
 sequences, so tokens within it may be as correlated as they like, and of whole micro-batches where a sequence spans
 several. Only integers are added, so every draw keeps the laws of `sim.conservation` exactly and is the same on every
 machine. Given the pilot, draws have its mean and, but for a factor (m - 1) / m with m blocks, its covariance.
 
-The pilot's mean is shared by all draws made from it: its error is sqrt(n / m) times the sampling noise of n drawn ranks,
-with m ranks in the pilot, and extremes such as MaxVio are overstated (measured with 32 experts: by 12, 5, 2 and below 1 %
-at m = 1, 4, 16 and 64 n). A pilot of 256 n passes two-sample tests of 200 draws against 200 routed batches. Where a
-controller moves, each step needs a new pilot, which can only be a part of the step's own ranks: the batch is then as noisy
-as a smaller one (`noise_of_a_step`), which a balanced gate's MaxVio shows in full. That saves time, not truth.
+The pilot's mean is shared by all draws made from it: it errs by sqrt(n / m) times the sampling noise of n drawn ranks,
+with m ranks in the pilot, and extremes such as MaxVio are overstated (measured with 32 experts: by 12, 5, 2 and below
+1 % at m = 1, 4, 16 and 64 n). A pilot of 256 n passes two-sample tests of 200 draws against 200 routed batches. Where
+a controller moves, each step needs a new pilot, which can only be a part of the step's own ranks: the batch is then as
+noisy as a smaller one (`noise_of_a_step`), which a balanced gate's MaxVio shows in full. That saves time, not truth.
 
-Rejected: normal draws with the pilot's covariance. Sums over many sequences come out right, but one sequence's counts are
-skewed and mixed over topics: for a rank of one 1,024-token sequence and 256 experts, MaxVio 2.41 instead of 2.65, the
-least loaded expert at 0.4 tokens instead of 3.2, and 1 % of all loads negative, to be mended by rules of thumb. Poisson
-and multinomial draws lack the correlation within sequences altogether (see tests/test_countlevel.py).
+Rejected: normal draws with the pilot's covariance. Sums over many sequences come out right, but one sequence's counts
+are skewed and mixed over topics: for a rank of one 1,024-token sequence and 256 experts, MaxVio 2.41 instead of 2.65,
+the least loaded expert at 0.4 tokens instead of 3.2, and 1 % of all loads negative, to be mended by rules of thumb.
+Poisson and multinomial draws lack the correlation within sequences altogether (see tests/test_countlevel.py).
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ BLOCKS_PER_PART = 8
 class Cut:
     """How one rank's tokens are cut into exchangeable blocks.
 
-    cell: tokens that are counted together, a micro-batch or an equal part of one. parts: micro-batches that a block spans.
-    per_part: cells that make up a micro-batch, 1 if a block spans several.
+    cell: tokens that are counted together, a micro-batch or an equal part of one. parts: micro-batches that a block
+    spans. per_part: cells that make up a micro-batch, 1 if a block spans several.
     """
 
     cell: int
@@ -47,7 +47,9 @@ class Cut:
 
     @classmethod
     def of(cls, sequence: I32 | None, n_tokens: int, micro_batches: int) -> Self:
-        """Return the finest cut at ends of sequences that repeats through the rank; ``sequence`` [T], None: one sequence.
+        """Return the finest cut at ends of sequences that repeats through the rank.
+
+        sequence: [T] int32 as in `Tokens`; None: all of one sequence.
 
         Two micro-batches of 4 tokens, and sequences of 2, 8 or 3:
 
@@ -85,7 +87,7 @@ def block_counts(topk_ids: I16, cut: Cut, expert_rank: I32, n_ranks: int, ranks_
 
 
 def joined(found: list[tuple[Cut, I32]], micro_batches: int) -> tuple[Cut, I32]:
-    """Return the cut and blocks [m, parts, D] of all ranks; whole ranks where their sequences ask for different cuts."""
+    """Return the cut and blocks [m, parts, D] of all ranks; whole ranks where their sequences ask for other cuts."""
     cuts = {cut for cut, _ in found}
     if len(cuts) == 1:
         return cuts.pop(), np.concatenate([blocks for _, blocks in found])
@@ -96,8 +98,8 @@ def joined(found: list[tuple[Cut, I32]], micro_batches: int) -> tuple[Cut, I32]:
 
 
 def noise_of_a_step(n_ranks: int, pilot_ranks: int) -> float:
-    """Return the sampling noise of a step with ``pilot_ranks`` of its ranks routed, the others drawn from them, over that
-    of routing all.
+    """Return the sampling noise of a step with ``pilot_ranks`` of its ranks routed and the others drawn from them, over
+    that of routing all.
 
     Ranks weigh 1 + Multinomial(n - p, 1/p), so the variance is n/p + (1 - p/n) (1 - 1/p) times the usual one.
 

@@ -1,4 +1,4 @@
-"""A tally at count level: a pilot is routed token by token, the counts of all other ranks are drawn (see `countlevel`)."""
+"""A tally at count level: a pilot is routed token by token, all other ranks are drawn (see `countlevel`)."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class DrawnTally(Tally):
     """As `Tally`; ``take`` sees a pilot only, ``record`` draws the rest.
 
     A gate that stands still under stationary traffic is piloted once, before the first step, and all ranks of all steps
-    are drawn; any other is piloted by the first ranks of every step, and that step's other ranks are drawn. Kept affinity,
-    topics and sequences are those of the pilot. Which blocks are picked depends on replica and step alone, so layers, and
-    policies whose pilots are of one size, meet the same tokens.
+    are drawn; any other is piloted by the first ranks of every step, and that step's other ranks are drawn. Kept
+    affinity, topics and sequences are those of the pilot. Which blocks are picked depends on replica and step alone, so
+    layers, and policies whose pilots are of one size, meet the same tokens.
     """
 
     def __init__(self, scenario: Scenario, index: int, replica: int, layer: int, kernels: Kernels) -> None:

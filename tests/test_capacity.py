@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from sim.gating import Gate, Gating
 from sim.gating.capacity import Asked
 from sim.gating.capacity.device_budget import DeviceBudget
 from sim.gating.capacity.expert_capacity import ExpertCapacity, place_in_line
+from sim.gating.select.gshard import GShard
 from sim.gating.select.random import Random
 from sim.metrics.balance import uniform_drop_rate
 from sim.rng import stream
@@ -132,6 +134,19 @@ def test_a_dismissed_second_expert_takes_a_place_in_algorithm_1_only() -> None:
         kept = gate.route(tokens, lambda: Draws()).topk_ids  # type: ignore[arg-type, return-value]
         assert kept[:, 0].tolist() == [0, -1, -1, 2, -1, -1]
         assert kept[:3, 1].tolist() == [-1, -1, second]
+
+
+def test_the_draw_must_be_below_the_chance() -> None:
+    """Algorithm 1: 2 g2' > U, strictly; Mesh-TensorFlow: U < g2' / threshold. Here g2' = 1/4, so 1/2 and 5/8."""
+
+    class Draws:
+        def random(self, n: int) -> np.ndarray:
+            return np.array([0.4999, 0.5, 0.6249, 0.625])
+
+    scores = np.tile(np.array([[0.75, 0.25, 0.0]], np.float32), (4, 1))
+    given_ = replace(candidates(scores, 2), rng=Draws)  # type: ignore[arg-type]
+    assert GShard().select(given_)[:, 1].tolist() == [1, -1, -1, -1]
+    assert GShard(second_policy_threshold=0.4).select(given_)[:, 1].tolist() == [1, 1, 1, -1]
 
 
 def test_weights_are_normalised_before_anything_is_dropped() -> None:

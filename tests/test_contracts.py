@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from sim.gating import Choices, Gate, Gating, Router
 from sim.gating.balance import Adjustment, Balance, Sample, Seen
 from sim.gating.capacity import Asked, Capacity
+from sim.gating.capacity.expert_capacity import ExpertCapacity
 from sim.gating.piece import GateShape, Piece
 from sim.gating.score import Score
 from sim.gating.score.sigmoid import Sigmoid
@@ -792,7 +793,20 @@ def law_groups(turn: Turn) -> None:
         assert max(len({e // size for e in row if e >= 0}) for row in turn.choices.asked.tolist()) <= limit
 
 
-TURN_LAWS = [law_ids, law_kept_of_asked, law_repeatable, law_nothing_touched, law_weights, law_states, law_capacity_does_not_choose, law_groups]  # fmt: skip
+def law_places(turn: Turn) -> None:
+    """Each expert keeps as many as it has places for, not one more, and not one less while choices are left."""
+    gate, capacity = turn.gate, turn.gate.capacity
+    if isinstance(capacity, ExpertCapacity):
+        places = capacity.capacity(turn.tokens.n_tokens, gate.k, gate.n_routed_experts)
+        asked, kept = (
+            PLAIN.expert_tokens(ids, gate.n_routed_experts) for ids in (turn.choices.asked, turn.choices.kept)
+        )
+        assert (kept <= places).all()
+        if not gate.select.dismissed_take_places:
+            np.testing.assert_array_equal(kept, np.minimum(asked, places))
+
+
+TURN_LAWS = [law_ids, law_places, law_kept_of_asked, law_repeatable, law_nothing_touched, law_weights, law_states, law_capacity_does_not_choose, law_groups]  # fmt: skip
 
 
 def _gate(gating: Gating, model: Model, kind: type[Gate] = Gate) -> Gate:
@@ -857,6 +871,13 @@ class _Redirects(Capacity):
         return np.where(asked.topk_ids == 0, 1, asked.topk_ids).astype(np.int16)
 
 
+class _Overfull(ExpertCapacity):
+    kind: str = "overfull"  # type: ignore[assignment]
+
+    def keep(self, asked: Asked) -> I16:
+        return asked.topk_ids
+
+
 class _Thief(Capacity):
     """Drops whatever the factor."""
 
@@ -889,6 +910,7 @@ CONTROLS: list[tuple[Law, dict[str, Any], type[Gate]]] = [
     (law_ids, {"select": _BadIds(fault="twice")}, Gate),
     (law_ids, {"select": _BadIds(fault="beyond")}, Gate),
     (law_kept_of_asked, {"capacity": _Redirects()}, Gate),
+    (law_places, {"capacity": _Overfull(capacity_factor=0.5)}, Gate),
     (law_repeatable, {"select": _BadIds(fault="random")}, Gate),
     (law_nothing_touched, {"select": _BadIds(fault="writes")}, Gate),
     (law_weights, {}, _BiasedWeights),

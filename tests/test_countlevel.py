@@ -1,4 +1,4 @@
-"""Count level against token level: blocks and draws themselves, two-sample tests over 200 batches and 200 seeds, whole runs."""
+"""Count level against token level: blocks and draws, two-sample tests over 200 batches and 200 seeds, whole runs."""
 
 from __future__ import annotations
 
@@ -245,7 +245,7 @@ def drawn() -> list[Counts]:
 
 
 PILOT = 256 * RANKS
-"""Its error is 1/16 of a batch's own noise: less than the standard error, 1/10, of the difference of two means of 200."""
+"""Its error is 1/16 of a batch's own noise, less than the standard error 1/10 of the difference of two means of 200."""
 
 
 @pytest.mark.parametrize("policy", [0, 1])
@@ -257,7 +257,7 @@ def test_draws_look_like_routed_batches(policy: int, routed: list[Counts], drawn
 
 
 def test_a_sequence_over_two_micro_batches() -> None:
-    """Draws keep the two halves of a rank's sequence together: nothing changes, nor how much the halves have in common."""
+    """Draws keep the halves of a rank's sequence together: nothing changes, nor how much the halves have in common."""
     shape = ["traffic.sequence_length=64", "traffic.tokens_per_rank=64", "schedule.micro_batches=2", PLAIN]
     token, count_ = batches(*shape)[0], batches(*shape, *count(PILOT // 2))[0]
     found = differences(statistics(token), statistics(count_))
@@ -306,8 +306,8 @@ def test_the_tests_see_what_is_wrong(routed: list[Counts]) -> None:
 
 
 def test_two_hundred_seeds() -> None:
-    """Independent seeds, each with its own model, traffic and pilot of four batches: the distributions over them, and the
-    mean of the differences, which is sharper, as both runs of a seed share the popularity of experts.
+    """Independent seeds, each with its own model, traffic and pilot of four batches: the distributions over them, and
+    the mean of the differences, which is sharper, as both runs of a seed share the popularity of experts.
 
     Extremes are moved outwards by the error of a pilot, here by some quarter of their spread over seeds.
     """
@@ -446,8 +446,8 @@ def test_a_run_says_what_was_drawn() -> None:
     text = sim.report.terminal(result).replace("\n  ", " ")
     assert "all ranks of all steps are drawn from blocks of a pilot of 2 ranks, whose means err by 1.41 times" in text
     assert (
-        "limited: of each step's 4 ranks 2 are routed token by token, the others drawn from them; that makes a batch's sampling noise 1.50 times too large"
-        in text
+        "limited: of each step's 4 ranks 2 are routed token by token, the others drawn from them; that makes a batch's "
+        "sampling noise 1.50 times too large" in text
     )
     assert "loads drawn at count level" in text
     plain_, limited = result.scenario.policies
@@ -502,7 +502,7 @@ def test_the_estimate_knows_what_is_drawn() -> None:
 
 
 def test_the_floor_of_a_long_run_needs_no_array_of_its_tokens() -> None:
-    """Where only the middle of the binomial is summed, the floor is the same; a V3 step's hundred million tokens are quick."""
+    """Where only the middle of the binomial is summed, the floor is the same; a hundred billion tokens are quick."""
     for n_tokens, n_experts, k in [(60_000, 256, 8), (40_000, 32, 4)]:
         x = np.arange(n_tokens + 1)
         whole = 1.0 - binom.cdf(x, n_tokens, k / n_experts) ** n_experts

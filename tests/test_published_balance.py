@@ -15,6 +15,10 @@ import numpy as np
 import pytest
 
 from sim import rollout
+from sim.gating.balance import Sample, Seen
+from sim.gating.balance.aux_loss import AuxLoss
+from sim.gating.piece import GateShape
+from sim.gating.score.softmax import Softmax
 from sim.metrics.balance import coefficient_of_variation, max_vio, uniform_max_vio
 from sim.metrics.specialisation import mutual_information_bits, topic_max_vio
 from sim.scenario import Scenario, load
@@ -155,6 +159,21 @@ def test_a_falling_rate_leaves_less_dither_than_a_constant_one() -> None:
 
 LEARN, FROZEN = 36, 12
 """As in the scenario: with fewer tokens the offsets keep more of their noise and MaxVio is higher."""
+
+
+def test_offsets_stand_still_like_a_router_on_a_validation_set() -> None:
+    """MaxVio_global is of frozen rules: after the last step of learning the state does not move."""
+    moving, linear = AuxLoss(), AuxLoss(stop_after_step=4, decay="linear", offset_update_rate=0.5)
+    assert [linear.rate(step) for step in range(6)] == [0.5, 0.375, 0.25, 0.125, 0.0, 0.0]
+    assert [AuxLoss(stop_after_step=1).rate(step) for step in (0, 1)] == [moving.rate(0), 0.0]
+    shape, zeros = GateShape(3, 1), np.zeros(2, np.int32)
+    scores = np.array([[0.7, 0.2, 0.1], [0.6, 0.3, 0.1]], np.float32)
+    sample = Sample(0, 0, np.log(scores), scores, np.zeros((2, 1), np.int16), zeros, zeros, Softmax())
+    seen, state = Seen(np.array([[[2, 0, 0]]]), None, (sample,)), np.full((1, 3), 0.25)
+    np.testing.assert_array_equal(linear.update(state, seen, shape, 4), state)
+    steps = [np.abs(linear.update(state, seen, shape, step) - state).max() for step in range(4)]
+    assert steps[0] > steps[1] > steps[2] > steps[3] > 0
+    assert np.abs(moving.update(state, seen, shape, 10**6) - state).max() > 0
 
 
 @cache

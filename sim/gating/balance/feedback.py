@@ -6,10 +6,10 @@ thu-pacman/SmartMoE-AE; 24 layers, 32 experts, top-2; no model, data or gate is 
 MaxVio 0.5 at first, 14.6 after twenty updates, 8.1 at 501, 11.6 at 5001.
 
 Calibrated on layers 0, 2, ..., 10 of that trace (MaxVio, CV, experts below 1 % and 10 % of the mean at eleven
-iterations) against tokens of ten heavy-tailed factors; tests/test_feedback.py compares it with layers 1, 3, ..., 11. Known
-departures: the leaders of the first iteration win here (correlation of its loads with the later ones 0.7), which they do
-not in the trace (0.0); starved experts come back later (at iteration 51 80 % are below 1 % of the mean, there 51 %); and
-loads are more uneven below the top (CV 2.8 at iteration 501, there 2.3 on layers 0-11 and 2.0 on all).
+iterations) against tokens of ten heavy-tailed factors; tests/test_feedback.py compares it with layers 1, 3, ..., 11.
+Known departures: the leaders of the first iteration win here (correlation of its loads with later ones 0.7), in the trace
+they do not (0.0); starved experts come back later (at iteration 51, 80 % are below 1 % of the mean, there 51 %); and loads
+are more uneven below the top (CV 2.8 at iteration 501, there 2.3 on layers 0-11 and 2.0 on all).
 """
 
 from __future__ import annotations
@@ -31,17 +31,18 @@ _LONG_AGO = 500.0  # exp(-500) is nothing, and elementary.exp can take it
 class Feedback(Balance):
     """Logit offsets that follow the benefit b(x) = 4 (x^(1/4) - 1) of an expert with x times the mean load.
 
-    The fourth root is diminishing returns: 16 times the tokens, twice the skill. b is 0 at the mean, 4 for an expert that
-    every token of a top-2 of 32 takes, -4 for one that nobody takes. What an expert learned is in two parts:
+    The fourth root is diminishing returns: 16 times the tokens, twice the skill. b is 0 at the mean, 4 for an expert
+    that every token of a top-2 of 32 takes, -4 for one that nobody takes. What an expert learned is in two parts:
 
     - u is forgotten over ``memory_steps``: u <- u + (g b - u) / memory_steps, so that a steady load settles at g b. The
-      gain g = settled_gain + head_start exp(-step / head_start_steps): a fresh router runs after any lead, a trained one
-      no longer does, so that the experts left behind come back in part.
+      gain g = settled_gain + head_start exp(-step / head_start_steps): a fresh router runs after any lead, a trained
+      one no longer does, so that the experts left behind come back in part.
     - s stays, s <- s + specialisation_rate b: the slow drift.
 
-    u, s and the gains are in units of ``logit_spread``, the standard deviation of one token's logits (``logit_scale`` of
-    generated traffic). As `Scenario.router_dynamics`, the offsets (u + s) logit_spread are part of what the router likes
-    by nature; a step without tokens changes nothing. ``head_start`` stands for whatever makes early training unstable.
+    u, s and the gains are in units of ``logit_spread``, the standard deviation of one token's logits (``logit_scale``
+    of generated traffic). As `Scenario.router_dynamics`, the offsets (u + s) logit_spread are part of what the router
+    likes by nature; a step without tokens changes nothing. ``head_start`` stands for whatever makes early training
+    unstable.
 
     The leader of four experts gains, the average one does not, the idle one loses; late in training as good as nothing:
 
@@ -81,6 +82,6 @@ class Feedback(Balance):
 
     def note(self, model: Model) -> str:
         return (
-            "ASSUMED: experts that get more tokens improve and are liked more (rich-get-richer feedback), calibrated on the "
-            "collapse in one recorded training run (SmartMoE artefact); how fast it goes elsewhere is not known."
+            "ASSUMED: experts that get more tokens improve and are liked more (rich-get-richer feedback), calibrated on "
+            "the collapse in one recorded training run (SmartMoE artefact); how fast it goes elsewhere is not known."
         )
