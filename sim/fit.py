@@ -11,7 +11,6 @@ import json
 import os
 import sys
 import tempfile
-import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -147,18 +146,6 @@ class _Progress:
 
         return step
 
-
-class _Callable(types.ModuleType):
-    """`sim.fit` is this module and, in notebooks, a function: ``sim.fit("trace.npz")`` returns the fit."""
-
-    def __call__(self, path: str, **options: Any) -> Any:
-        from sim.fitting.fit import fit
-        from sim.traces import read
-
-        return fit(read(path), **options)
-
-
-sys.modules[__name__].__class__ = _Callable
 
 if __name__ == "__main__":
     sys.exit(main())

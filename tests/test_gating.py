@@ -714,6 +714,39 @@ def test_bases_of_families_cannot_be_used() -> None:
             base.model_validate({"kind": "x"})
 
 
+@given(seeds, st.sampled_from([0.125, 0.5, 0.75, 1.0]), st.integers(1, 16), st.booleans())
+def test_top_p_takes_the_fewest_experts_that_hold_the_share(seed: int, p: float, most: int, biased: bool) -> None:
+    """arXiv 2403.07652, section 3.2, token by token; order by biased scores, shares of unbiased ones. Multiples of 1/64
+    that sum to a power of two: shares are exact, so a share of exactly p is enough."""
+    rng = np.random.default_rng(seed)
+    scores = np.stack([rng.multinomial(64, np.arange(1, 17) / 136) for _ in range(8)]).astype(np.float32) / 64
+    shift = (rng.integers(-8, 9, 16) / 64).astype(np.float32) if biased else np.zeros(16, np.float32)
+    rule = members(Select)["top_p"].model_validate({"kind": "top_p", "p": p, "max_experts": most})
+    expected = []
+    for s in scores:
+        order, held, row = sorted(range(16), key=lambda e, s=s: (-(s[e] + shift[e]), e)), 0.0, []
+        for e in order[:most]:
+            row.append(e)
+            held += float(s[e])
+            if held >= p:
+                break
+        expected.append(row)
+    assert _rows(rule.select(candidates(scores, 2, shift=shift))) == expected
+
+
+@given(seeds, st.sampled_from([0.0, 0.25, 0.5, 2.0]), st.integers(0, 3), st.integers(1, 16))
+def test_threshold_takes_all_that_score_enough(seed: int, threshold: float, fewest: int, most: int) -> None:
+    rng = np.random.default_rng(seed)
+    scores, shift = dyadic(rng, 8, 16), (rng.integers(-8, 9, 16) / 64).astype(np.float32)
+    setting = {"kind": "threshold", "threshold": threshold, "min_experts": fewest, "max_experts": most}
+    expected = []
+    for s in scores + shift:
+        order = sorted(range(16), key=lambda e, s=s: (-s[e], e))[:most]
+        expected.append([e for i, e in enumerate(order) if i < fewest or s[e] >= threshold])
+    found = members(Select)["threshold"].model_validate(setting).select(candidates(scores, 2, shift=shift))
+    assert _rows(found) == expected
+
+
 def test_thresholds_no_model_has_are_refused() -> None:
     for kind in ("threshold", "top_p"):
         rule = members(Select)[kind]

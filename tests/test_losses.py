@@ -120,6 +120,27 @@ def written_out(
     return total / (len(seen.samples) * PER_SAMPLE)
 
 
+@pytest.mark.parametrize("kind", SCORES)
+def test_scores_are_the_closed_forms(kind: str) -> None:
+    logits = np.random.default_rng(0).standard_normal((400, E), dtype=np.float32) * 6
+    logits[:3] = [[0.0], [-20.0], [20.0]]
+    found = make(Score, kind).scores(logits, plain)  # type: ignore[arg-type]
+    np.testing.assert_allclose(found, exact_scores(kind, logits.astype(np.float64)), rtol=3e-6, atol=1e-12)
+    near = np.abs(logits).max(axis=1) < 8  # exp's argument is a float32, so its relative error grows with its size
+    np.testing.assert_allclose(found[near], exact_scores(kind, logits[near].astype(np.float64)), rtol=1.2e-6)
+
+
+def test_slopes_are_the_closed_forms() -> None:
+    """In float64, far into both tails: sigmoid's s (1 - s), and sigmoid(z) / 2s for sqrt(softplus(z))."""
+    z = np.linspace(-40, 40, 801)[:, None]
+    logistic = 1 / (1 + np.exp(-z))
+    for kind, expected in (
+        ("sigmoid", logistic * (1 - logistic)),
+        ("sqrtsoftplus", logistic / (2 * exact_scores("sqrtsoftplus", z))),
+    ):
+        np.testing.assert_allclose(make(Score, kind).slope(exact_scores(kind, z)), expected, rtol=1e-8, atol=1e-16)
+
+
 LOSSES: dict[str, type[BalanceLoss]] = {
     "aux_loss": AuxLoss,
     "device_loss": DeviceLoss,

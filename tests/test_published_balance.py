@@ -192,8 +192,8 @@ def sweep() -> dict[str, tuple[float, float]]:
 
 def test_the_calibrated_row() -> None:
     """alpha = 1e-3 on the 1B setting: MaxVio_global 0.72 (Table 2), the one figure that PULL_BACK was set by. The scenario
-    averages 0.72 over four layers and three replicas, whose popularities make a standard deviation of a fifth; this is one
-    layer of one replica. Half the pull-back shows 0.41, twice of it 1.18."""
+    averages 0.72 over four layers and three replicas; this is one layer of one replica (0.70; 0.59 to 1.04 with popularities
+    of three other seeds). Half the pull-back shows 0.41, twice of it 1.18."""
     assert sweep()["alpha 0.001 (calibrated)"][0] == pytest.approx(0.72, rel=0.25)
 
 
@@ -244,15 +244,16 @@ SIZES = ("max_vio_sequence", "max_vio_micro_batch", "max_vio_ep_group", "max_vio
 def test_loss_free_balance_keeps_improving_with_the_batch_and_an_auxiliary_loss_flattens() -> None:
     free, loss = by_size()["bias per global batch (loss-free)"], by_size()["loss per global batch"]
     assert all(free[b] < 0.9 * free[a] for a, b in pairwise(SIZES))
-    last = SIZES[-2:]
-    assert free[last[1]] / free[last[0]] < 0.75 < loss[last[1]] / loss[last[0]]
+    # From 8,192 to 32,768 tokens chance would halve it; 0.45 to 0.58 and 0.72 to 0.96 with four seeds.
+    ratio = [row["max_vio_batch"] / row["max_vio_ep_group"] for row in (free, loss)]
+    assert ratio[0] < 0.65 < 0.68 < ratio[1]
     assert loss["max_vio_batch"] > 2 * free["max_vio_batch"]
     assert free["max_vio_batch"] > uniform_max_vio(32_768, 64, 6)
 
 
 def test_a_scope_of_micro_batches_balances_them_and_not_the_whole() -> None:
     """arXiv 2501.11873: a loss over micro-batches spends its push inside each; a bias moved by the average vote of small
-    batches ends worse globally (the last row of its Table 1, in perplexity)."""
+    batches ends worse globally (aux-free rows of its Table 1, in perplexity)."""
     found = by_size()
     assert (
         found["loss per micro-batch"]["max_vio_micro_batch"]

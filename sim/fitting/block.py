@@ -11,7 +11,7 @@ import numpy as np
 from sim.fitting.fit import MAX_RANK, Fitted
 
 KNOTS = (0.0, 0.1, 0.25, 0.45, 0.7, 1.0)
-_PROFILE = ("logit_scale", "latent_rank", "basis_tail", "sequence_variance", "slow_variance", "fast_variance", "token_variance", "iid_variance")  # fmt: skip
+_PROFILE = ("logit_scale", "latent_rank", "basis_tail", "sequence_variance", "slow_variance", "fast_variance", "token_variance", "iid_variance", "memory_spread", "scale_spread")  # fmt: skip
 
 
 def traffic_block(fitted: Fitted) -> dict[str, Any]:
@@ -68,6 +68,7 @@ def _common(fitted: Fitted) -> dict[str, Any]:
         "latent_rank": MAX_RANK,
         "slow_correlation": memory.slow_correlation,
         "fast_correlation": memory.fast_correlation,
+        "correlation_spread": memory.correlation_spread,
         "logit_scale": 1.0,
     }
 

@@ -1,18 +1,21 @@
 """Fit the affinity generator to a recorded trace, layer by layer, by simulated moments.
 
 What is looked for in a layer is how a token's variance is shared between the generator's parts (sequence, slow, fast,
-token, independent noise), how many latent factors work, and how expert popularity follows from the measured loads. The
+token, independent noise), how many latent factors work and how experts gather on them, how experts differ in memory, and
+how expert popularity follows from the measured loads. The
 loads of few sequences hold those sequences' own preferences, so popularity is not copied but mapped: mu = b (u + c (u^2 -
 mean u^2)) with u the probit of an expert's share, b and c fitted so that *synthetic* traces of the same sequences have
 the measured imbalance. Moments are all of `statistics`; the minimiser is Levenberg-Marquardt on logarithms with common
-random numbers, residuals beyond 20 % weighing less and less. Memory (correlations of the slow and fast parts, the shared
-prefix) is common to all layers and read off the measured latent kernel; the logit scale follows from the gate weights.
+random numbers, residuals beyond 20 % weighing less and less. Memory (correlations of the slow and fast parts) is common
+to all layers: pilot fits of a few of them look for it too, and its medians hold for all; a shared prefix is counted.
+The logit scale and its spread over tokens move no choice and follow last, from the gate weights.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -38,8 +41,8 @@ MAX_TOKENS = 2**18
 FIT_TOKENS = 48_000
 """Tokens that most of a fit looks at; the whole trace has the last word on popularity and topics (`_POLISHED`)."""
 _POLISHED = ("popularity_slope", "popularity_curve", "topic_factor")
-_SEEDS_TOKENS = 24_000  # tokens simulated per evaluation, over several seeds
-_MAX_SEEDS = 4
+_SEEDS_TOKENS = 48_000  # tokens simulated per evaluation, over several seeds
+_MAX_SEEDS = 6
 
 
 class Free(NamedTuple):
@@ -139,15 +142,14 @@ def fit(
         wanted = [statistics_of(part, row, where) for row in range(len(part.layers))]
     rows = sorted({round(x) for x in np.linspace(0, len(real) - 1, 2 * _MEMORY_LAYERS + 1)[1::2]})
     n_steps = len(rows) + len(real)
-    with _workers(jobs, n_steps) as run:
+    with _workers(jobs, n_steps, (job, whole)) as run:
         pilots = []
-        for theta in run(_fit_memory, [(job, row, wanted[row]) for row in rows]):
+        for theta in run(_fit_memory, [(row, wanted[row]) for row in rows]):
             pilots.append(theta)
             progress(len(pilots), n_steps)
         memory = _median_memory(pilots, job.memory)
-        job, whole = job._replace(memory=memory), whole._replace(memory=memory)
         nearest = [pilots[int(np.abs(np.array(rows) - row).argmin())] for row in range(len(real))]
-        tasks = [(job, whole, row, wanted[row], real[row], nearest[row]) for row in range(len(real))]
+        tasks = [(row, memory, wanted[row], real[row], nearest[row]) for row in range(len(real))]
         found: list[FittedLayer] = []
         for layer in run(_fit_layer, tasks):
             found.append(layer)
@@ -155,14 +157,34 @@ def fit(
     return Fitted(trace, memory, tuple(found), renormalised, domains)
 
 
+_SHARED_JOBS: list[tuple[_Job, _Job]] = []
+"""What the tasks of this process are about: the part of a trace that is fitted, and the whole."""
+
+
+def _share(jobs: tuple[_Job, _Job]) -> None:
+    _SHARED_JOBS[:] = [jobs]
+
+
+def _start_worker(jobs: tuple[_Job, _Job]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker without a traceback
+    _share(jobs)
+
+
 @contextlib.contextmanager
-def _workers(jobs: int | None, n_tasks: int) -> Iterator[Callable[[Callable[..., Any], list[Any]], Iterable[Any]]]:
-    """Yield a map over argument tuples, in order, on ``jobs`` processes (one: this one)."""
-    n = min(jobs or os.cpu_count() or 1, n_tasks)
+def _workers(
+    n_workers: int | None, n_tasks: int, jobs: tuple[_Job, _Job]
+) -> Iterator[Callable[[Callable[..., Any], list[Any]], Iterable[Any]]]:
+    """Yield a map over argument tuples, in order, on ``n_workers`` processes (one: this one)."""
+    n = min(n_workers or os.cpu_count() or 1, n_tasks)
     if n == 1:
-        yield lambda function, tasks: (function(*task) for task in tasks)
+        _share(jobs)
+        try:
+            yield lambda function, tasks: (function(*task) for task in tasks)
+        finally:
+            _SHARED_JOBS.clear()
+            _DRAWN.clear()
         return
-    with ProcessPoolExecutor(n) as pool:
+    with ProcessPoolExecutor(n, initializer=_start_worker, initargs=(jobs,)) as pool:
         try:
             yield lambda function, tasks: pool.map(function, *zip(*tasks, strict=True))
         except BaseException:
@@ -213,8 +235,9 @@ def _logistic(x: float) -> float:
     return float(1 / (1 + np.exp(-x)))
 
 
-def _fit_memory(job: _Job, row: int, real: dict[str, float]) -> dict[str, float]:
+def _fit_memory(row: int, real: dict[str, float]) -> dict[str, float]:
     """Return the parameters of a fit of one layer that looks for the memory too."""
+    job, _ = _SHARED_JOBS[0]
     free = {name: FREE[name] for name in _free(job)}
     if "latent_lag_1" in real:
         free |= FREE_MEMORY
@@ -317,8 +340,16 @@ _DRAWN: dict[tuple[Any, ...], list[Draw]] = {}
 
 def _fitting_draws(job: _Job, memory: Memory, first_seed: int) -> list[Draw]:
     n_seeds = int(np.clip(_SEEDS_TOKENS // job.trace.n_tokens, 1, _MAX_SEEDS))
-    key = (memory, first_seed, job.seed, job.domains, job.trace.seqlens.tobytes(), job.trace.domain_of_sequence)
-    key += (job.trace.topk_ids.shape, job.trace.n_routed_experts)
+    trace = job.trace
+    key: tuple[Any, ...] = (
+        memory,
+        first_seed,
+        job.seed,
+        job.domains,
+        trace.domain_of_sequence,
+        trace.seqlens.tobytes(),
+    )
+    key = (*key, trace.topk_ids.shape, trace.n_routed_experts)
     if key not in _DRAWN:
         _DRAWN.clear()
         _DRAWN[key] = draws(job._replace(memory=memory), [job.seed + first_seed + i for i in range(n_seeds)])
@@ -338,9 +369,10 @@ def _simulated(
 
 
 def _fit_layer(
-    job: _Job, whole: _Job, row: int, wanted: dict[str, float], real: dict[str, float], near: dict[str, float]
+    row: int, memory: Memory, wanted: dict[str, float], real: dict[str, float], near: dict[str, float]
 ) -> FittedLayer:
-    """Fit a layer of ``job`` to the statistics ``wanted``, from the parameters ``near``; end on the ``whole`` trace."""
+    """Fit a layer to the part's statistics ``wanted`` from the parameters ``near``, then to the whole trace's ``real``."""
+    job, whole = (one._replace(memory=memory) for one in _SHARED_JOBS[0])
     names = _free(job)
     theta = {name: near[name] for name in names}
     theta = _fit_choices(job, row, wanted, theta, names)
@@ -505,7 +537,8 @@ def synthetic_statistics(
     job = _Job(target, where, fitted.memory, fitted.domains, fitted.renormalised, 0)
     k, n_experts = target.topk_ids.shape[2], target.n_routed_experts
     total: list[list[dict[str, float]]] = [[] for _ in fitted.layers]
-    for one in draws(job, seeds):
+    for seed in seeds:
+        (one,) = draws(job, [seed])
         for row, layer in enumerate(fitted.layers):
             total[row].append(synthetic_layer(one, row, layer.values, k, n_experts, where, fitted.renormalised))
     return [{name: float(np.mean([each[name] for each in seen])) for name in seen[0]} for seen in total]

@@ -114,10 +114,18 @@ def equal(name: str, real: float, other: float) -> bool:
     return gap <= max(TOLERANCE * abs(real), near)
 
 
-def share_within(real: Sequence[dict[str, float]], other: Sequence[dict[str, float]]) -> float:
-    """Return the share of (layer, statistic) pairs of ``real`` that ``other`` has too and `equal` accepts."""
+def plainly_equal(real: float, other: float) -> bool:
+    """Whether ``other`` is within 20 % of ``real``, however near to 0 that is."""
+    return abs(other - real) <= TOLERANCE * abs(real)
+
+
+def share_within(real: Sequence[dict[str, float]], other: Sequence[dict[str, float]], *, plain: bool = False) -> float:
+    """Return the share of (layer, statistic) pairs of ``real`` that ``other`` has too and `equal` accepts.
+
+    plain: without absolute gaps for what is near 0.
+    """
     verdicts = [
-        equal(name, value, theirs[name])
+        plainly_equal(value, theirs[name]) if plain else equal(name, value, theirs[name])
         for mine, theirs in zip(real, other, strict=True)
         for name, value in mine.items()
         if name in theirs

@@ -1,7 +1,8 @@
 """How well a fit speaks of what it has not seen: other sequences, other layers, other tasks.
 
-Every answer is the share of (layer, statistic) pairs within 20 % (`statistics.equal`), beside the same share between two
-halves of the trace itself: no model of one half can be expected to do better on the other.
+Every answer is two shares of (layer, statistic) pairs within 20 %, `statistics.equal` and ``_plain`` without its gaps near
+0, beside the same shares between two halves of the trace itself: no model of one half can be expected to do better on the
+other.
 """
 
 from __future__ import annotations
@@ -38,9 +39,13 @@ def halves(trace: RecordedTrace, seed: int, jobs: int | None, progress: _Progres
     one, other = (trace.part(sequences=range(first, n, 2)) for first in (0, 1))
     fitted = fit(one, seed=seed, jobs=jobs, progress=progress)
     real = measured(other)
+    return _shares("halves", real, synthetic_statistics(fitted, SEEDS, other)) | _shares("noise", real, measured(one))
+
+
+def _shares(name: str, real: Sequence[dict[str, float]], other: Sequence[dict[str, float]]) -> dict[str, float]:
     return {
-        "halves": stat.share_within(real, synthetic_statistics(fitted, SEEDS, other)),
-        "noise": stat.share_within(real, measured(one)),
+        name: stat.share_within(real, other),
+        f"{name}_plain": stat.share_within(real, other, plain=True),
     }
 
 
@@ -57,7 +62,7 @@ def depth(fitted: Fitted) -> dict[str, float]:
         guessed[row] = _guess(fitted, row, [fitted.layers[row - 1].theta, fitted.layers[row + 1].theta], fitted.memory)
     synthetic = synthetic_statistics(replace(fitted, layers=tuple(guessed)), SEEDS)
     real = fitted.real
-    return {"depth": stat.share_within([real[row] for row in rows], [synthetic[row] for row in rows])}
+    return _shares("depth", [real[row] for row in rows], [synthetic[row] for row in rows])
 
 
 def transfer(fitted: Fitted, others: Sequence[Fitted]) -> dict[str, float]:
@@ -70,15 +75,16 @@ def transfer(fitted: Fitted, others: Sequence[Fitted]) -> dict[str, float]:
             f"others: expected traces of {len(fitted.layers)} layers, found {[len(o.layers) for o in others]}"
         )
     memory = Memory(
-        float(np.mean([other.memory.slow_correlation for other in others])),
-        float(np.mean([other.memory.fast_correlation for other in others])),
-        fitted.memory.prefix_length,
+        slow_correlation=float(np.mean([other.memory.slow_correlation for other in others])),
+        fast_correlation=float(np.mean([other.memory.fast_correlation for other in others])),
+        prefix_length=fitted.memory.prefix_length,
+        correlation_spread=float(np.mean([other.memory.correlation_spread for other in others])),
     )
     guessed = tuple(
         _guess(fitted, row, [other.layers[row].theta for other in others], memory) for row in range(len(fitted.layers))
     )
     synthetic = synthetic_statistics(replace(fitted, layers=guessed, memory=memory), SEEDS)
-    return {"transfer": stat.share_within(fitted.real, synthetic)}
+    return _shares("transfer", fitted.real, synthetic)
 
 
 def _guess(fitted: Fitted, row: int, thetas: Sequence[dict[str, float]], memory: Memory) -> FittedLayer:

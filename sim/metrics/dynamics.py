@@ -13,25 +13,29 @@ MIN_STEPS = 4 * _WINDOW
 
 
 def settling_step(max_vio: npt.ArrayLike) -> float:
-    """Return the first step from which the ten-step mean of ``max_vio`` [S] stays within 1.25 times its final level.
+    """Return the first step from which the ten-step mean of ``max_vio`` [S] stays within a factor 1.25 of its final level.
 
     The final level is the mean of the last quarter. NaN for fewer than 40 steps, or if the series is still moving: if its
-    last two eighths differ by more than a quarter.
+    last two eighths differ by more than a tenth, or its mean leaves the band in the last quarter.
 
     >>> settling_step([2.0] * 30 + [0.1] * 90)
     30.0
+    >>> settling_step([0.1 + 0.01 * step for step in range(200)])
+    nan
     """
     series = np.asarray(max_vio, dtype=np.float64)
     if len(series) < MIN_STEPS:
         return math.nan
     eighth = len(series) // 8
     before, after = series[-2 * eighth : -eighth].mean(), series[-eighth:].mean()
-    if max(before, after) > 1.25 * min(before, after):
+    if max(before, after) > 1.1 * min(before, after):
         return math.nan
     level = series[-(len(series) // 4) :].mean()
     means = np.convolve(series, np.full(_WINDOW, 1.0 / _WINDOW), mode="valid")
-    outside = np.flatnonzero(means > 1.25 * level)
-    return float(outside[-1] + 1) if len(outside) else 0.0
+    outside = np.flatnonzero((means > 1.25 * level) | (means < level / 1.25))
+    if len(outside) == 0:
+        return 0.0
+    return float(outside[-1] + 1) if outside[-1] < len(series) - len(series) // 4 else math.nan
 
 
 def ripple(max_vio: npt.ArrayLike) -> float:

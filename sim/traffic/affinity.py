@@ -268,7 +268,9 @@ def _places(rank: int) -> F64:
     >>> _places(7).tolist()
     [0.0, -0.5, 0.5, -0.75, 0.25, -0.25, 0.75]
     """
-    return np.array([sum(2.0**-i for i, bit in enumerate(f"{n:b}"[::-1]) if bit == "1") - 1 for n in range(1, rank + 1)])
+    return np.array(
+        [sum(2.0**-i for i, bit in enumerate(f"{n:b}"[::-1]) if bit == "1") - 1 for n in range(1, rank + 1)]
+    )
 
 
 def fast_correlations(middle: float, spread: float, rank: int) -> F64:
@@ -303,7 +305,11 @@ class AffinitySource(Source):
         parts = (
             _Part("sequence", config.sequence_variance, None),
             _Part("slow", config.slow_variance, np.full(config.latent_rank, config.slow_correlation)),
-            _Part("fast", config.fast_variance, fast_correlations(config.fast_correlation, config.correlation_spread, config.latent_rank)),
+            _Part(
+                "fast",
+                config.fast_variance,
+                fast_correlations(config.fast_correlation, config.correlation_spread, config.latent_rank),
+            ),
             _Part("token", config.token_variance, np.zeros(config.latent_rank)),
         )
         self.parts = [
@@ -331,11 +337,11 @@ class AffinitySource(Source):
         self._work = 0
 
     def prefix(self, n_tokens: int) -> _Prefix | None:
-        """Return the tokens that all sequences begin with, as many as ``n_tokens`` can hold; None without any."""
+        """Return the tokens that all sequences begin with, at least as many as ``n_tokens`` can hold; None without any."""
         length = min(self.config.prefix_length, self.config.sequence_length, n_tokens)
         if self._prefix is None or len(self._prefix.noise_keys) < length:
             self._prefix = self._draw_prefix(length) if length else None
-        return self._prefix and _Prefix(*(None if part is None else part[:length] for part in self._prefix))
+        return self._prefix
 
     def _draw_prefix(self, length: int) -> _Prefix:
         """Draw ``length`` tokens; a longer prefix begins with a shorter one."""
@@ -431,7 +437,9 @@ class AffinitySource(Source):
             square += factor * factor
         basis /= np.sqrt(np.maximum(square, np.finfo(np.float64).tiny))
         variances = self._memory_variances(values, config.latent_rank)
-        gains = np.array([scale * variances[i] ** 0.5 for i in self._part_index]).reshape(len(self._part_index), config.latent_rank)
+        gains = np.array([scale * variances[i] ** 0.5 for i in self._part_index]).reshape(
+            len(self._part_index), config.latent_rank
+        )
         return _LayerTables(
             base=(config.logit_mean + scale * base).astype(np.float32),
             basis=basis.astype(np.float32),
@@ -546,7 +554,7 @@ class AffinityBatch(Batch):
         prefix = source.prefix(n_tokens)
         if prefix is not None:
             position = np.arange(n_tokens) % length
-            head = np.flatnonzero(position < len(prefix.noise_keys))
+            head = np.flatnonzero(position < source.config.prefix_length)
             latents[head] = prefix.latents[position[head]]
             noise_keys[head] = prefix.noise_keys[position[head]]
             if token_ids is not None and prefix.token_ids is not None:
