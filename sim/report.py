@@ -19,13 +19,15 @@ _BALANCE = (
 _EXPERTS = (
     "max_vio_sequence", "max_vio_sequence_floor", "max_vio_micro_batch", "max_vio_micro_batch_floor", "max_vio_ep_group",
     "topic_max_vio", "specialisation_bits", "kept_against_oracle",
-    "starved_10pct", "update_cv", "experts_per_token", "dropped_share", "dropped_worst_topic", "offset_rms",
+    "starved_10pct", "update_cv", "experts_per_token", "max_vio_asked", "dropped_share", "dropped_worst_topic",
+    "offset_rms",
 )  # fmt: skip
 _CONTROL = ("max_vio_late", "settling_step", "ripple", "churn")
 _TIME = (
     "step_time_s", "attention_s", "experts_s", "other_compute_s", "exposed_communication_s", "waiting_s",
     "tokens_per_s_per_gpu",
 )  # fmt: skip
+_MOST_TOPICS = 12  # of which each has a column
 # Columns that say nothing where every policy has this value.
 _DULL = {"dropped_share": 0.0, "dropped_worst_topic": 0.0, "offset_rms": 0.0}
 
@@ -98,9 +100,33 @@ def _table(result: Result, names: Sequence[str]) -> list[str]:
 def _says(name: str, value: float, result: Result) -> bool:
     if name == "experts_per_token":  # of interest where policies differ from the model's number
         return any(policy.select.varies for policy in result.scenario.policies)
+    if name == "max_vio_asked":  # where nothing is dropped it is MaxVio itself
+        return any(policy.capacity.kind != "none" for policy in result.scenario.policies)
     if name.startswith(("max_vio_micro_batch", "max_vio_ep_group")) and result.scenario.schedule.micro_batches == 1:
         return False  # the EP group's micro-batch is the batch
     return not math.isnan(value) and value != _DULL.get(name)
+
+
+def _by_topic(result: Result) -> list[str]:
+    """Policies x topics: MaxVio within each topic and, where something is dropped, the share that is."""
+    topics, table = result.scenario.traffic.topics, result.tables.get("topics", {})
+    if not table or not 1 < len(topics) <= _MOST_TOPICS:
+        return []
+    lines: list[str] = []
+    for column, label, scale in (("max_vio", "MaxVio within", 1.0), ("dropped_share", "dropped % of", 100.0)):
+        values: dict[tuple[str, str], list[float]] = {}
+        for policy, topic, value in zip(table["policy"], table["topic"], table[column], strict=True):
+            if not math.isnan(value):
+                values.setdefault((policy, topic), []).append(value * scale)
+        means = {key: math.fsum(found) / len(found) for key, found in values.items()}
+        if not any(means.values()):
+            continue
+        rows = [
+            [policy.name, *(f"{means[key]:.2f}" if (key := (policy.name, topic)) in means else "-" for topic in topics)]
+            for policy in result.scenario.policies
+        ]
+        lines += ["", *grid([label, *topics], rows)]
+    return lines
 
 
 def describe(scenario: Scenario) -> list[str]:
@@ -130,6 +156,7 @@ def describe(scenario: Scenario) -> list[str]:
 def terminal(result: Result) -> str:
     """Return the whole text."""
     parts = [*describe(result.scenario), "", *_table(result, _BALANCE), "", *_table(result, _EXPERTS)]
+    parts += _by_topic(result)
     if result.scenario.steps.count >= MIN_STEPS:
         parts += ["", *_table(result, _CONTROL)]
     if len(result.scenario.timed_steps()):

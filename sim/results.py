@@ -52,6 +52,7 @@ METRICS = (
     Metric("update_cv", "update CV", 3),
     Metric("experts_per_token", "experts /token", 3),
     Metric("dropped_share", "dropped %", 3, 100.0),
+    Metric("max_vio_asked", "MaxVio before drops", 3),
     Metric("dropped_worst_topic", "dropped, worst topic %", 3, 100.0),
     Metric("offset_rms", "learned offset", 3),
     Metric("max_vio_late", "MaxVio last quarter", 3),

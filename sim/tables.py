@@ -112,6 +112,7 @@ def _layer_rows(scenario: Scenario, result: Counts, ranks: I64) -> dict[str, Any
     rows: dict[str, Any] = {
         "max_vio": max_vio(loads),
         "max_vio_floor": np.full(steps, uniform_max_vio(tokens, loads.shape[1], _k(scenario, result))),
+        "max_vio_asked": result.asked_max_vio,
         "load_cv": coefficient_of_variation(loads),
         "least_share": least_share(loads),
         "device_max_over_mean": max_vio(ranks) + 1.0,

@@ -26,8 +26,8 @@ SAMPLE_TOKENS = 16_384
 class Counts:
     """What one policy did in one layer over all steps (S steps, E experts).
 
-    expert_tokens: [S, E] int64 kept pairs of token and expert. asked: [S] int64 pairs before capacity. kept_affinity:
-    [S] natural affinity of the kept choices over that of the unrestricted top-k. By measured step: exchanges (one
+    expert_tokens: [S, E] int64 kept pairs of token and expert. asked: [S] int64 pairs before capacity; asked_max_vio: [S]
+    MaxVio of those. kept_affinity: [S] natural affinity of the kept choices over that of the unrestricted top-k. By measured step: exchanges (one
     `Exchange` per micro-batch), topic_tokens ([topics, E] int64 kept), topic_asked ([topics] int64), scopes (mean MaxVio
     over the groups of a scope). oracle_kept_affinity: bound on what any perfectly balanced choice could keep, on a sample of
     the last step. state: final balancing state. offset_rms: of the logit offsets that balancing learned.
@@ -38,6 +38,7 @@ class Counts:
     expert_rank: I32
     expert_tokens: I64
     asked: I64
+    asked_max_vio: F64
     kept_affinity: F64
     exchanges: dict[int, list[Exchange]] = field(default_factory=dict)
     topic_tokens: dict[int, I64] = field(default_factory=dict)
@@ -73,6 +74,7 @@ class Tally:
             expert_to_rank(slots, self.experts, self.ranks),
             np.zeros((scenario.steps.count, self.experts), dtype=np.int64),
             np.zeros(scenario.steps.count, dtype=np.int64),
+            np.zeros(scenario.steps.count),
             np.zeros(scenario.steps.count),
         )
         self.learns = self.policy.learns or bool(scenario.router_dynamics)
@@ -182,6 +184,7 @@ class Tally:
         result = self.result
         result.expert_tokens[step] = self.kept.sum(axis=(0, 1))
         result.asked[step] = self.asked.sum()
+        result.asked_max_vio[step] = max_vio(self.asked.sum(axis=(0, 1)))
         result.kept_affinity[step] = self.kept_affinity / self.best_affinity if self.best_affinity > 0 else 1.0
         if not self.measure:
             return
@@ -226,6 +229,7 @@ class Tally:
         result.state = gate.states
         if gate.offset is not None:
             learned = gate.offset if gate.natural_offset is None else gate.offset - gate.natural_offset
+            learned = learned - learned.mean(axis=1, keepdims=True)  # what moves all experts alike moves nothing
             result.offset_rms = float(np.sqrt(np.mean(np.square(learned, dtype=np.float64))))
         return result
 

@@ -89,4 +89,4 @@ def _chance() -> Iterator[Figure]:
         kept = [rule.keep(Asked(part, affinity, np.zeros(4096, np.int32), 256, np.random.default_rng)) for part in ids]
         dropped = float(np.mean([(part < 0).mean() for part in kept]))
         bar = 0.02 if factor == 1 else 0.25  # some 160 of 2.1 million pairs: a relative error of 8 % is one sigma
-        yield Figure(f"the same, tokens routed: dropped", where, closed, dropped, bar)
+        yield Figure("the same, tokens routed: dropped", where, closed, dropped, bar)
