@@ -109,7 +109,7 @@ def run(task: Task) -> list[Counts]:
         _route(task, batch, learners, warmup.ranks, "warmup", step)
         gain = warmup.gain ** (1.0 - step / max(1, warmup.steps - 1))
         for tally in _each(learners):
-            tally.learn(0, gain, warming_up=True)
+            tally.learn(-1, gain, warming_up=True)
     measured = set(measured_steps(scenario))
     _pilot(task, source, layers)
     for step in range(steps.count):

@@ -229,7 +229,7 @@ class Tally:
         result.state = gate.states
         if gate.offset is not None:
             learned = gate.offset if gate.natural_offset is None else gate.offset - gate.natural_offset
-            learned = learned - learned.mean(axis=1, keepdims=True)  # what moves all experts alike moves nothing
+            learned = learned - learned.mean(axis=-1, keepdims=True)  # what moves all experts alike moves nothing
             result.offset_rms = float(np.sqrt(np.mean(np.square(learned, dtype=np.float64))))
         return result
 

@@ -698,7 +698,7 @@ def test_random_picks_every_pair_equally_often() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    sorted({cls.__module__ for base in (Select, Balance, Score, Capacity) for cls in members(base).values() if cls.__module__.startswith("sim.")} | {"sim.gating", "sim.gating.assignment"}),
+    sorted({cls.__module__ for base in (Select, Balance, Score, Capacity) for cls in members(base).values() if cls.__module__.startswith("sim.")} | {"sim.gating", "sim.gating.assignment", "sim.gating.balance"}),
 )  # fmt: skip
 def test_worked_examples(module: str) -> None:
     """Every piece of a gate shows in its docstring what it does to a few numbers, and that is true."""

@@ -92,8 +92,22 @@ class Balance(Piece):
     def update(self, state: F64, seen: Seen, shape: GateShape, step: int, gain: float = 1.0) -> F64:
         """Return the state after a step, leaving ``state`` as it is.
 
-        step: from 0. gain: multiplies the update rate while the controllers are warmed up, 1 otherwise.
+        step: from 0; -1 while the controllers are warmed up. gain: multiplies the update rate then, 1 otherwise.
         """
+
+
+def scheduled(rate: float, step: int, stop_after_step: int | None, decay: Literal["constant", "linear"]) -> float:
+    """Return the update rate after ``step``: 0 from ``stop_after_step`` on, fallen to 0 linearly by then with ``linear``
+    decay; the full ``rate`` while warming up (step -1) and without a stop.
+
+    >>> [scheduled(1.0, step, 4, decay) for step in (-1, 0, 3, 4) for decay in ("constant", "linear")]
+    [1.0, 1.0, 1.0, 1.0, 1.0, 0.25, 0.0, 0.0]
+    """
+    if stop_after_step is None or step < 0:
+        return rate
+    if step >= stop_after_step:
+        return 0.0
+    return rate * (1.0 - step / stop_after_step) if decay == "linear" else rate
 
 
 def relative(loads: I64) -> F64:

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from sim.gating.balance import Adjustment, Balance, Seen
+from sim.gating.balance import Adjustment, Balance, Seen, scheduled
 from sim.gating.piece import GateShape
 from sim.tokens import F64, I64
 
@@ -62,13 +62,8 @@ class Bias(Balance):
         return Adjustment(shift=bias) if self.form == "additive" else Adjustment(scale=bias)
 
     def rate(self, step: int) -> float:
-        """Return the update rate after step ``step`` (from 0)."""
-        if self.stop_after_step is None:
-            return self.bias_update_rate
-        if step >= self.stop_after_step:
-            return 0.0
-        left = 1.0 - step / self.stop_after_step if self.decay == "linear" else 1.0
-        return self.bias_update_rate * left
+        """Return the update rate after step ``step`` (from 0; -1: warming up)."""
+        return scheduled(self.bias_update_rate, step, self.stop_after_step, self.decay)
 
     def _groups(self, seen: Seen, shape: GateShape) -> I64:
         """Return [rows of the state, groups, E] loads."""

@@ -21,7 +21,7 @@ from typing import ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from sim.gating.balance import Adjustment, Balance, Sample, Scope, Seen
+from sim.gating.balance import Adjustment, Balance, Sample, Scope, Seen, scheduled
 from sim.gating.piece import GateShape
 from sim.kernels import plain
 from sim.model import Model
@@ -84,10 +84,7 @@ class RouterLoss(Balance):
 
     def rate(self, step: int) -> float:
         """Return the share of the way to rest that step ``step`` (from 0) goes."""
-        if self.stop_after_step is None:
-            return self.offset_update_rate
-        left = max(0.0, 1.0 - step / self.stop_after_step) if self.stop_after_step else 0.0
-        return self.offset_update_rate * (left if self.decay == "linear" or not left else 1.0)
+        return scheduled(self.offset_update_rate, step, self.stop_after_step, self.decay)
 
     def start(self, shape: GateShape) -> F64:
         return np.zeros((shape.n_topics, shape.n_routed_experts))
