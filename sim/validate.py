@@ -98,7 +98,7 @@ def _table(rows: Sequence[tuple[str, Any]]) -> str:
                 f"{group}: {figure.name}",
                 f"{sign}{figure.published:.6g}{unit}",
                 f"{figure.ours:.6g}",
-                "-" if math.isnan(figure.ours) else error,
+                error if figure.relation == "equal" and not math.isnan(figure.ours) else "-",
                 bar if figure.relation == "equal" or figure.bar else "-",
                 "calibration" if figure.kind == "calibration" else "ok" if figure.passed else "MISS",
             ]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sim import validate, validation
-from sim.validation import Figure, Inputs, groups
+from sim.validation import Figure, Inputs, balance, groups
 
 ROOT = Path(__file__).resolve().parents[1]
 INPUTS = Inputs(ROOT / "scenarios")
@@ -35,6 +35,20 @@ def test_every_figure_of_the_quick_groups_is_met(group: str) -> None:
     assert len(rows) > 10 and len({row.name for row in rows if not row.name.startswith("the same")}) > 10
     assert [row.name for row in rows if not row.passed] == []
     assert all(row.source and 0 <= row.bar <= 0.25 for row in rows)
+
+
+def test_balance_rows_on_shortened_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole group takes minutes; its levels are those of tests/test_published_balance.py and tests/test_feedback.py.
+    Here: every row is there, one is calibrated on a paper and marked so, and ours comes from the runs."""
+    few = ["steps.count=44", "traffic.tokens_per_rank=512"]
+    monkeypatch.setattr(balance, "OVERRIDES", {"loss_free": few, "aux_loss": [*few, "replicas=1", "traffic.sequence_length=512"], "stability": ["steps.count=22", "model.num_hidden_layers=2"]})  # fmt: skip
+    rows = {row.name: row for row in balance.figures(INPUTS)}
+    assert len(rows) == 16 and all(math.isfinite(row.ours) and row.source for row in rows.values())
+    fitted = [name for name, row in rows.items() if row.kind == "calibration"]
+    assert "auxiliary loss, alpha = 0.001: MaxVio" in fitted and sum("collapse" in name for name in fitted) == 5
+    assert len(fitted) == 6
+    assert rows["u = 0.0001 is slow: MaxVio against u = 0.001"].passed
+    assert not rows["loss-free, sign, u = 0.001: MaxVio"].passed, "44 steps are too few: the row can fail"
 
 
 def test_a_miss_stays_in_the_table_and_in_the_count(
