@@ -13,7 +13,9 @@ import numpy as np
 from sim.tokens import F64
 
 _LN2 = 0.6931471805599453
-_HALVINGS = 10
+_LN2_HIGH = 0.693147180369123816490  # 32 bits: times a whole number of up to 20 bits it is exact
+_LN2_LOW = 1.90821492927058770002e-10
+_HALVINGS = 4
 
 
 def exp(x: F64 | float) -> F64:
@@ -22,13 +24,16 @@ def exp(x: F64 | float) -> F64:
     >>> bool(abs(exp(1.0) - np.e) < 1e-12)
     True
     """
-    reduced = np.asarray(x, dtype=np.float64) * 2.0**-_HALVINGS
+    value = np.asarray(x, dtype=np.float64)
+    doublings = np.rint(value / _LN2)
+    reduced = (value - doublings * _LN2_HIGH - doublings * _LN2_LOW) * 2.0**-_HALVINGS
     power = np.ones_like(reduced)
     for n in range(8, 0, -1):
         power = 1.0 + power * reduced / n
     for _ in range(_HALVINGS):
         power = power * power
-    return power
+    found: F64 = np.ldexp(power, doublings.astype(np.int32))
+    return found
 
 
 def log(x: F64 | float) -> F64:
