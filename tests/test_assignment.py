@@ -265,6 +265,22 @@ def test_quantile_is_megatrons(seed: int, k: int) -> None:
     np.testing.assert_allclose(whole, published_quantile(np.concatenate(parts).astype(float), beta, k), rtol=1e-12)
 
 
+def test_quantile_groups_by_its_scope() -> None:
+    """Two micro-batches on three ranks: thresholds of each of six, of each micro-batch on all ranks, or of all tokens."""
+    rng = np.random.default_rng(7)
+    parts = {(m, r): rng.random((16, 8), dtype=np.float32) + np.float32(0.2 * m) for m in range(2) for r in range(3)}
+    seen = Seen(np.zeros((2, 3, 8), np.int64), None, tuple(_sample(s, m, r) for (m, r), s in parts.items()))
+    groups = {
+        "micro_batch": list(parts.values()),
+        "ep_group": [np.concatenate([parts[m, r] for r in range(3)]) for m in range(2)],
+        "global_batch": [np.concatenate(list(parts.values()))],
+    }
+    for scope, found in groups.items():
+        rule = Quantile.model_validate({"kind": "quantile", "scope": scope})
+        expected = np.mean([published_quantile(s.astype(float), np.zeros(8), 2) for s in found], axis=0)
+        np.testing.assert_allclose(rule.update(np.zeros(8), seen, GateShape(8, 2), 0), expected, rtol=1e-12)
+
+
 def test_quantile_balances_in_a_few_steps() -> None:
     """Same tokens again and again: what a sign rule needs hundreds of steps for takes a handful; no rate to tune."""
     rng = np.random.default_rng(4)

@@ -14,6 +14,7 @@ from sim.gating import Gate, Gating
 from sim.gating.capacity import Asked
 from sim.gating.capacity.device_budget import DeviceBudget
 from sim.gating.capacity.expert_capacity import ExpertCapacity, place_in_line
+from sim.gating.select.expert_choice import ExpertChoice
 from sim.gating.select.gshard import GShard
 from sim.gating.select.random import Random
 from sim.metrics.balance import uniform_drop_rate
@@ -311,6 +312,17 @@ def test_whole_products_are_not_lost_to_their_last_bit() -> None:
                 10**6 + n, -(-(10**6 + n) * 7 * hundredths // 500)
             )
             assert ExpertCapacity(capacity_factor=hundredths / 100).capacity(n, 7, 5) == min(n, exact)
+
+
+def test_a_budget_that_should_be_whole_is_whole() -> None:
+    """90 pairs x 1.4 / 2 devices = 63, in floating point 62.99999999999999; the same for expert choice's takings."""
+    assert int(90 * 1.4 / 2) == 62 and int(180 * 1.4 / 4) == 62
+    ids, affinity = np.zeros((90, 1), np.int16), np.ones((90, 1), np.float32)
+    asked = Asked(ids, affinity, np.zeros(90, np.int32), 2, np.random.default_rng)
+    kept = DeviceBudget(n_devices=2, capacity_factor=1.4, protected_share=0).keep(asked)
+    assert np.count_nonzero(kept == 0) == 63
+    choice = ExpertChoice(capacity_factor=1.4).select(candidates(np.ones((180, 4), np.float32), 1))
+    assert _loads(choice, 4) == [63] * 4
 
 
 def test_places_count_the_models_experts_per_token_not_the_width_of_the_array() -> None:

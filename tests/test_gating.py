@@ -206,13 +206,14 @@ def test_weight_of_no_expert_is_zero() -> None:
 
 
 def test_scales_multiply_and_shifts_add() -> None:
-    rules = (Bias(bias_update_rate=0.5), Bias(bias_update_rate=0.25), Bias(bias_update_rate=0.5, form="multiplicative"))
-    gate = Gate(Gating(balance=rules), toy_model(4, 1))
+    shifts = (Bias(bias_update_rate=0.5), Bias(bias_update_rate=0.25))
+    scales = (Bias(bias_update_rate=0.5, form="multiplicative"), Bias(bias_update_rate=0.25, form="multiplicative"))
+    gate = Gate(Gating(balance=(*shifts, *scales)), toy_model(4, 1))
     gate.update(Seen(np.array([[[3, 1, 0, 0]]])), 0)
     assert gate.shift.tolist() == [-0.75, 0.0, 0.75, 0.75]
-    assert gate.scale.tolist() == [0.5, 1.0, 1.5, 1.5]
+    assert gate.scale.tolist() == [0.5 * 0.75, 1.0, 1.5 * 1.25, 1.5 * 1.25]
     routing = gate.route(_tokens(np.array([[9.0, 0.0, -1.0, -2.0]], np.float32)))
-    assert routing.topk_ids.tolist() == [[2]]  # 0.27 x 1.5 + 0.75 beats 1.0 x 0.5 - 0.75
+    assert routing.topk_ids.tolist() == [[2]]  # 0.27 x 1.875 + 0.75 beats 1.0 x 0.375 - 0.75
 
 
 # --- what moves the router itself ---
