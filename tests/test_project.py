@@ -16,6 +16,8 @@ import pytest
 from packaging.requirements import Requirement
 
 import sim
+import sim.fit
+import sim.validate
 from sim.run import main, parser
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,6 +28,10 @@ SCENARIOS = sorted((ROOT / "scenarios").glob("*.yaml"))
 # What makes the big scenarios run in about a second.
 BATCH = ["steps.count=1", "steps.warmup.steps=0", "traffic.tokens_per_rank=32"]
 SHALLOW = ["model.num_hidden_layers=5", "parallel.pp_size=1"]
+
+
+FIT = "python -m sim.fit TRACE.npz"
+VALIDATE = "python -m sim.validate --group gating --group geometry"
 
 
 def blocks(language: str) -> list[str]:
@@ -50,7 +56,7 @@ def sets(values: list[str]) -> list[str]:
 def test_shell_blocks_hold_only_known_commands() -> None:
     lines = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
     others = [line for line in lines if not line.startswith("python -m sim.run ")]
-    assert others == ["pip install -e '.[dev]'", "python -m pytest"]
+    assert others == ["pip install -e '.[dev]'", "python -m pytest", FIT, VALIDATE]
     assert len(commands()) >= 4
 
 
@@ -66,6 +72,24 @@ def test_command_of_the_readme_runs(
     out, err = capsys.readouterr()
     assert out and "Traceback" not in err
     assert bool(list(tmp_path.rglob("manifest.json"))) == (not {"--list", "--dry-run"} & set(args))
+
+
+def test_validate_command_of_the_readme_meets_every_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    from sim.validate import main as validate
+
+    assert validate(VALIDATE.split()[3:]) == 0
+    text = capsys.readouterr().out
+    assert "MISS" not in text and re.search(r"\n(\d+) of \1 predictions within their bars; 0 calibration rows\n", text)
+
+
+@pytest.mark.parametrize("text", blocks("yaml"), ids=lambda text: text.strip().splitlines()[0])
+def test_yaml_block_of_the_readme_runs(text: str, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "scenarios", tmp_path / "scenarios")
+    file = tmp_path / "scenarios" / "mine.yaml"
+    file.write_text("extends: policies.yaml\nname: mine\n" + text, encoding="utf-8")
+    result = sim.run(file, overrides=["traffic.tokens_per_rank=64", "steps.warmup.steps=0"])
+    assert len(set(result.steps.policy)) == text.count("extends:")
+    assert (result.steps.max_vio > 0).all()
 
 
 @pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.strip().splitlines()[-1][:40])
@@ -109,7 +133,8 @@ def test_quoted_tables_have_todays_headings(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_options_and_files_the_readme_names_exist() -> None:
-    known = {option for action in parser()._actions for option in action.option_strings}
+    parsers = (parser(), sim.fit.parser(), sim.validate.parser())
+    known = {option for one in parsers for action in one._actions for option in action.option_strings}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README)) <= known
     named = set(re.findall(r"`((?:sim|tests|analysis|scenarios)/[\w./]+)`", README))
     named |= set(re.findall(r"\]\(([^)#:]+)\)", README))
