@@ -113,7 +113,7 @@ def _by_topic(result: Result) -> list[str]:
     if not table or not 1 < len(topics) <= _MOST_TOPICS:
         return []
     lines: list[str] = []
-    for column, label, scale in (("max_vio", "MaxVio within", 1.0), ("dropped_share", "dropped % of", 100.0)):
+    for column, label, scale in (("max_vio", "MaxVio within", 1.0), ("dropped_share", "dropped %", 100.0)):
         values: dict[tuple[str, str], list[float]] = {}
         for policy, topic, value in zip(table["policy"], table["topic"], table[column], strict=True):
             if not math.isnan(value):
@@ -121,9 +121,12 @@ def _by_topic(result: Result) -> list[str]:
         means = {key: math.fsum(found) / len(found) for key, found in values.items()}
         if not any(means.values()):
             continue
+        shown = [policy.name for policy in result.scenario.policies]
+        if column == "dropped_share":  # most policies drop nothing
+            shown = [name for name in shown if any(means.get((name, topic)) for topic in topics)]
         rows = [
-            [policy.name, *(f"{means[key]:.2f}" if (key := (policy.name, topic)) in means else "-" for topic in topics)]
-            for policy in result.scenario.policies
+            [name, *(f"{means[key]:.2f}" if (key := (name, topic)) in means else "-" for topic in topics)]
+            for name in shown
         ]
         lines += ["", *grid([label, *topics], rows)]
     return lines

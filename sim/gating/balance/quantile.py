@@ -1,7 +1,8 @@
 """Quantile balancing: each expert's threshold is set where it would take its share of the last batch.
 
 As Megatron-LM's ``qb_dual_update`` does (used for Kimi K3): one exact step per batch on the dual of the assignment
-problem, with no rate to tune. Known from code and secondary reports; no paper describes its convergence.
+problem, with no rate to tune. Knows no expert groups: with group-limited selection its shares are not met. Known from
+code and secondary reports; no paper describes its convergence.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import numpy as np
 
 from sim.gating.balance import Adjustment, Balance, Seen
 from sim.gating.piece import GateShape
-from sim.model import Model
 from sim.tokens import F32, F64
 
 
@@ -55,9 +55,6 @@ class Quantile(Balance):
             groups.setdefault(key, []).append(sample.scores)
         found = [_thresholds(np.concatenate(scores), state, shape.num_experts_per_tok) for scores in groups.values()]
         return np.array(found).sum(axis=0) / len(found) if found else state
-
-    def note(self, model: Model) -> str:
-        return "Quantile balancing knows no expert groups: under group_limited selection its shares are not met."
 
 
 def _thresholds(scores: F32, beta: F64, k: int) -> F64:
