@@ -20,6 +20,7 @@ _EXPECTED = {
     "topk_ids": Array(kinds="iu", ndim=3, optional=True),
     "logits": Array(kinds="f", ndim=3, optional=True),
     "scores": Array(kinds="f", ndim=3, optional=True),
+    "logical_count": Array(kinds="iu", ndim=3, optional=True),
     "topk_weights": Array(kinds="f", ndim=3, optional=True),
     "topk_prob_u8": Array(kinds="iu", ndim=3, optional=True),
     "seqlens": Array(kinds="iu", ndim=1, optional=True),
@@ -43,6 +44,11 @@ def read_arrays(path: str, n_routed_experts: int | None = None) -> RecordedTrace
     def check_shapes(shapes: dict[str, tuple[int, ...]]) -> None:
         full = next((name for name in ("logits", "scores") if name in shapes), None)
         main = "topk_ids" if "topk_ids" in shapes else full
+        if main is None and "logical_count" in shapes:
+            raise ValueError(
+                f"{path}: topk_ids: expected the experts of every token, found logical_count alone, SGLang's counts by step: "
+                "record with expert_distribution_recorder_mode per_token"
+            )
         if main is None:
             raise ValueError(f"{path}: topk_ids: expected an array (or scores, or logits), found none")
         n_layers, n_tokens, last = shapes[main]
