@@ -70,6 +70,8 @@ def _main(args: argparse.Namespace) -> int:
         raise ValueError("--moe-layers says where a portable block's knots lie: add --portable")
     trace = _chosen(read(args.trace, args.experts), args.layers, args.trace)
     others = [_chosen(read(other, args.experts), args.layers, other) for other in args.others]
+    if args.validate:
+        validate.check(trace)
     progress = _Progress(args.quiet)
     fitted = fit(trace, seed=args.seed, jobs=args.jobs, progress=progress.of("fitting layers"))
     synthetic = synthetic_statistics(fitted, validate.SEEDS)

@@ -26,7 +26,7 @@ from sim.plugin import members
 from sim.traces import checked
 from sim.traces import npzfile as tracefile
 from sim.traffic import Traffic, TrafficShape
-from sim.traffic.affinity import Affinity, AffinityBatch, AffinitySource, LayerProfile
+from sim.traffic.affinity import Affinity, AffinityBatch, AffinitySource, LayerProfile, fast_correlations
 from sim.traffic.impute import Imputed, complete
 from sim.traffic.mixture import Drift, Mixture, Oscillation, Shift, shifted
 from sim.traffic.replay import Replay, read_trace
@@ -252,6 +252,72 @@ def test_colliding_windows_in_one_layer_part_in_another() -> None:
     twins = np.flatnonzero(first[1:] == first[:-1])
     assert len(twins) > 0
     assert (second[twins + 1] != second[twins]).all()
+
+
+def kernel_by_expert(config: Affinity) -> np.ndarray:
+    """Return the correlation of each expert's choice at neighbouring tokens, [E]."""
+    ids = topk(ask(config.model_copy(update={"tokens_per_rank": 20_000}), 0, 0).logits, 4)
+    chosen = selected(ids, 32) - selected(ids, 32).mean(axis=0)
+    return np.asarray((chosen[1:] * chosen[:-1]).mean(axis=0) / chosen.var(axis=0))
+
+
+def test_memory_spread_makes_experts_differ_in_memory_as_real_ones_do() -> None:
+    alike = Affinity(
+        sequence_length=2000,
+        layer_profile=None,
+        popularity_sd=0,
+        sequence_variance=0,
+        fast_variance=0.4,
+        token_variance=0.28,
+        latent_rank=16,
+    )
+    spread = alike.model_copy(update={"memory_spread": 3.0, "correlation_spread": 2.0})
+    same, different = kernel_by_expert(alike), kernel_by_expert(spread)
+    assert different.std() > 2 * same.std()
+    # A token's variance is the same: no expert is chosen more often for what it listens to.
+    ids = topk(ask(spread.model_copy(update={"tokens_per_rank": 20_000}), 0, 0).logits, 4)
+    assert load_cv(ids, 32) < 0.25
+
+
+def test_scale_spread_changes_gate_weights_and_no_choice() -> None:
+    plain = Affinity(layer_profile=None, logit_mean=-1.0)
+    uneven = plain.model_copy(update={"scale_spread": 0.5})
+    first, second = (
+        ask(config.model_copy(update={"tokens_per_rank": 4000}), 0, 0).logits for config in (plain, uneven)
+    )
+    assert np.array_equal(topk(first, 4), topk(second, 4))
+    factor = ((second + 1) * (first + 1)).sum(axis=1) / ((first + 1) ** 2).sum(axis=1)
+    assert np.allclose(second + 1, factor[:, None] * (first + 1), atol=1e-4)
+    assert abs(np.log(factor).mean()) < 0.03 and abs(np.log(factor).std() - 0.5) < 0.03
+
+
+def test_fast_correlations_keep_their_middle() -> None:
+    assert np.array_equal(fast_correlations(0.4, 0.0, 5), np.full(5, 0.4))
+    spread = fast_correlations(0.4, 3.0, 16)
+    assert (
+        np.isclose(spread[0], 0.4)
+        and spread.min() > 0
+        and spread.max() < 1
+        and np.isclose(np.median(spread), 0.4, atol=0.07)
+    )
+
+
+def test_a_longer_prefix_begins_with_a_shorter_one_and_costs_no_more_than_its_tokens() -> None:
+    endless = Affinity(
+        sequence_length=10**12,
+        prefix_length=10**12,
+        layer_profile=None,
+        vocabulary=Vocabulary(size=50),
+        scale_spread=0.2,
+        token_variance=0.2,
+    )
+    short, long = (ask(endless.model_copy(update={"tokens_per_rank": n}), 0, 0) for n in (50, 400))
+    assert np.array_equal(short.logits, long.logits[:50])
+    assert short.token_ids is not None and long.token_ids is not None
+    assert np.array_equal(short.token_ids, long.token_ids[:50])
+    source = endless.start(SHAPE, 0, 0)
+    later = source.batch("train", 0, n_ranks=1, tokens_per_rank=400).tokens(0, 0).logits
+    assert np.array_equal(source.batch("train", 1, n_ranks=1, tokens_per_rank=50).tokens(0, 0).logits, later[:50])
 
 
 # ---------------------------------------------------------------- topics
@@ -732,6 +798,11 @@ def test_a_count_stands_for_topics_of_zipf_sizes() -> None:
             )
         ],
         ({"topic_tree": [{"name": "a", "popularity_sd": 1e308}]}, "less than or equal to 10"),
+        ({"memory_spread": 9}, "less than or equal to 8"),
+        ({"correlation_spread": 9}, "less than or equal to 8"),
+        ({"scale_spread": 2}, "less than or equal to 1"),
+        ({"layer_profile": {"scale_spread": [2] * 5}}, "scale_spread must be at most 1"),
+        ({"layer_profile": {"memory_spread": [9] * 5}}, "memory_spread must be at most 8"),
     ],
 )  # fmt: skip
 def test_bad_traffic_of_the_new_kinds_is_refused(bad: dict[str, Any], reason: str) -> None:
@@ -743,7 +814,8 @@ def test_the_largest_values_allowed_still_give_finite_logits() -> None:
     largest = {name: 100.0 for name in ("sequence_variance", "slow_variance", "fast_variance", "iid_variance")}
     config = Affinity(
         popularity_sd=10, logit_mean=-1000, logit_scale=100, latent_dof=3, topic_tree=(Topic(name="a", popularity_sd=10),),
-        vocabulary=Vocabulary(size=9), token_variance=100, tokens_per_rank=500, **largest,
+        vocabulary=Vocabulary(size=9), token_variance=100, tokens_per_rank=500, memory_spread=8, correlation_spread=8,
+        scale_spread=1, **largest,
     )  # fmt: skip
     assert all(np.isfinite(ask(config, layer, 0).logits).all() for layer in range(4))
 

@@ -73,8 +73,8 @@ def layer_statistics(topk_ids: I16, n_experts: int, where: Layout, topk_weights:
     topk_ids: [N, k] distinct expert ids; topk_weights: [N, k] gate weights, in any order within a token. Statistics that
     the trace is too short for are left out.
 
-    >>> ids = np.array([[0, 1], [0, 2], [0, 1], [0, 2]] * 64, dtype=np.int16)
-    >>> found = layer_statistics(ids, 4, layout(np.array([256])))
+    >>> ids = np.array([[0, 1], [0, 2]] * 512, dtype=np.int16)
+    >>> found = layer_statistics(ids, 4, layout(np.array([1024])))
     >>> round(found["max_vio"], 3), found["overlap_adjacent"], round(found["over_dispersion_64"], 3)
     (1.0, 0.5, 0.0)
     """

@@ -28,14 +28,22 @@ def measured(trace: RecordedTrace) -> list[dict[str, float]]:
     return [statistics_of(trace, row, where) for row in range(len(trace.layers))]
 
 
+def check(trace: RecordedTrace) -> None:
+    """Raise ValueError if ``trace`` is too small for `halves` and `depth`."""
+    for what, found, least in (
+        ("sequences", len(trace.seqlens), 2),
+        ("layers", len(trace.layers), 3),
+    ):
+        if found < least:
+            raise ValueError(f"trace: expected at least {least} {what} to hold some out, found {found}")
+
+
 def halves(trace: RecordedTrace, seed: int, jobs: int | None, progress: _Progress) -> dict[str, float]:
     """Fit on every other sequence, compare with the statistics of the rest; ``noise`` compares the halves themselves.
 
-    Raises ValueError for a single sequence.
+    The trace is one that `check` accepts. Raises ValueError if a half is too short to fit.
     """
     n = len(trace.seqlens)
-    if n < 2:
-        raise ValueError(f"trace: expected at least 2 sequences to halve, found {n}")
     one, other = (trace.part(sequences=range(first, n, 2)) for first in (0, 1))
     fitted = fit(one, seed=seed, jobs=jobs, progress=progress)
     real = measured(other)
@@ -52,11 +60,9 @@ def _shares(name: str, real: Sequence[dict[str, float]], other: Sequence[dict[st
 def depth(fitted: Fitted) -> dict[str, float]:
     """Predict every second layer's parameters from its neighbours; of its own, only the popularity is known.
 
-    Raises ValueError for fewer than three layers.
+    The trace is one that `check` accepts.
     """
     rows = range(1, len(fitted.layers) - 1, 2)
-    if not rows:
-        raise ValueError(f"trace: expected at least 3 layers, found {len(fitted.layers)}")
     guessed = list(fitted.layers)
     for row in rows:
         guessed[row] = _guess(fitted, row, [fitted.layers[row - 1].theta, fitted.layers[row + 1].theta], fitted.memory)
