@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from packaging.requirements import Requirement
+from ruamel.yaml import YAML
 
 import sim
 import sim.fit
@@ -80,6 +81,25 @@ def test_validate_command_of_the_readme_meets_every_bar(capsys: pytest.CaptureFi
     assert validate(VALIDATE.split()[3:]) == 0
     text = capsys.readouterr().out
     assert "MISS" not in text and re.search(r"\n(\d+) of \1 predictions within their bars; 0 calibration rows\n", text)
+
+
+def test_fit_command_of_the_readme_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a made trace; the quoted lines have today's columns and statistics."""
+    from sim.fit import main as fit
+
+    rng = np.random.default_rng(0)
+    ids = np.argsort(rng.standard_normal((2, 1200, 8)) + rng.standard_normal((2, 1, 8)), axis=2)[:, :, :2]
+    monkeypatch.chdir(tmp_path)
+    np.savez("TRACE.npz", topk_ids=ids.astype(np.int16), seqlens=np.full(12, 100))
+    assert fit([*FIT.split()[3:], "--jobs", "1", "--quiet"]) == 0
+    printed = capsys.readouterr().out
+    (quoted,) = [block for block in blocks("text") if "within 20%" in block]
+    words = [line.split("  ")[0] for line in quoted.splitlines()[3:]]
+    assert len(words) >= 5 and not [word for word in words if word not in printed]
+    block = YAML(typ="safe", pure=True).load(tmp_path / "TRACE_traffic.yaml")
+    assert block["kind"] == "affinity" and len(block["popularity"]) == 2
 
 
 @pytest.mark.parametrize("text", blocks("yaml"), ids=lambda text: text.strip().splitlines()[0])
