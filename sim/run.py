@@ -37,10 +37,26 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+_interrupts: list[int] = []
+
+
+def _interrupt(number: int, frame: types.FrameType | None) -> None:
+    _interrupts.append(number)
+    raise KeyboardInterrupt
+
+
+def _stop_if_interrupted() -> None:
+    """Raise again what an import may have swallowed: some packages catch everything while they start."""
+    if _interrupts:
+        raise KeyboardInterrupt
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_intermixed_args(argv)
+    _interrupts.clear()
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends like Ctrl-C
+        for number in (signal.SIGINT, signal.SIGTERM):  # a polite kill ends like Ctrl-C
+            signal.signal(number, _interrupt)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # an ASCII terminal gets ? for ±
@@ -103,6 +119,7 @@ def _main(args: argparse.Namespace) -> int:
     if bad:
         return 2
     for scenario in scenarios:
+        _stop_if_interrupted()
         expected = estimate(scenario)
         if args.dry_run:
             from sim.report import describe
@@ -138,6 +155,7 @@ def _run(scenario: Any, args: argparse.Namespace, expected: Any) -> None:
 
     if args.out != "-":
         check_writable(args.out)
+    _stop_if_interrupted()
     started = time.monotonic()
     show = not args.quiet and sys.stderr.isatty()
     if show:

@@ -365,6 +365,21 @@ def test_ctrl_c_ends_a_run_at_once_and_leaves_nothing(place: Path, jobs: str, de
     wait_until(lambda: not alive_group(process.pid))
 
 
+def test_an_interrupt_that_an_import_swallows_is_not_lost(place: Path) -> None:
+    """Some packages catch everything while they start; the run ends at the next checkpoint all the same."""
+    code = (
+        "import os, signal, sys, sim.run, sim.scenario as s\n"
+        "def load(*a, real=s.load, **k):\n"
+        "    try: os.kill(os.getpid(), signal.SIGINT)\n"
+        "    except BaseException: pass\n"
+        "    return real(*a, **k)\n"
+        "s.load = load\n"
+        f"sys.exit(sim.run.main([{TINY!r}, *{LONG!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=place, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130 and done.stderr == "interrupted; nothing of the run in progress was written\n"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_no_worker_outlives_a_killed_run(place: Path, number: signal.Signals) -> None:
     process = start(TINY, *LONG, "--jobs", "2", start_new_session=True, stderr=subprocess.DEVNULL)
