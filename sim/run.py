@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import io
-import os
 import signal
 import sys
 import threading
 import types
 from collections.abc import Sequence
 from typing import Any
+
+from sim.console import discard_output
 
 
 def parser() -> argparse.ArgumentParser:
@@ -68,18 +68,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted; nothing of the run in progress was written", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader has seen enough, as in `| head`
-        _discard_output()
+        discard_output()
         return 1
     except OSError as error:
         print(f"python -m sim.run: {error}", file=sys.stderr)
-        _discard_output()
+        discard_output()
         return 2
-
-
-def _discard_output() -> None:
-    """Drop what is still buffered, so that leaving Python does not try to write it again."""
-    with contextlib.suppress(OSError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _main(args: argparse.Namespace) -> int:

@@ -6,13 +6,13 @@ Argument parsing and messages; the rows are in `sim.validation`.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any
+
+from sim.console import guarded
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,20 +31,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    try:
-        status = _main(args)
-        sys.stdout.flush()
-        return status
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader has seen enough, as in `| head`
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (OSError, ValueError) as error:
-        print(f"python -m sim.validate: {error}", file=sys.stderr)
-        return 2
+    return guarded("python -m sim.validate", lambda: _main(args), "interrupted")
 
 
 def _main(args: argparse.Namespace) -> int:
@@ -109,7 +96,9 @@ def _table(rows: Sequence[tuple[str, Any]]) -> str:
     met = sum(figure.passed for figure in predictions)
     text += ["", *notes] if notes else []
     fitted = len(rows) - len(predictions)
-    return "\n".join([*text, "", f"{met} of {len(predictions)} predictions within their bars; {fitted} calibration rows"])
+    return "\n".join(
+        [*text, "", f"{met} of {len(predictions)} predictions within their bars; {fitted} calibration rows"]
+    )
 
 
 if __name__ == "__main__":
