@@ -26,8 +26,9 @@ from sim.plugin import members
 from sim.traces import checked
 from sim.traces import npzfile as tracefile
 from sim.traffic import Traffic, TrafficShape
-from sim.traffic.affinity import Affinity, AffinityBatch, AffinitySource, LayerProfile, fast_correlations
+from sim.traffic.affinity import Affinity, AffinityBatch, AffinitySource, fast_correlations
 from sim.traffic.impute import Imputed, complete
+from sim.traffic.layers import LayerProfile
 from sim.traffic.mixture import Drift, Mixture, Oscillation, Shift, shifted
 from sim.traffic.replay import Replay, read_trace
 from sim.traffic.topics import Phase, Topic, cumulative, leaves

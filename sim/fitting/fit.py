@@ -28,7 +28,8 @@ from sim.fitting.synthesis import Draw, draw, gate_weights, route
 from sim.tokens import F64, I16
 from sim.traces import RecordedTrace
 from sim.traffic import TrafficShape
-from sim.traffic.affinity import Affinity, LayerValues, rescale
+from sim.traffic.affinity import Affinity, rescale
+from sim.traffic.layers import LayerValues
 from sim.traffic.topics import Topic
 
 MAX_RANK = 16

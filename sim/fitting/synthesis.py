@@ -16,7 +16,8 @@ from sim.kernels import affinity as kernel
 from sim.kernels.choose import choose
 from sim.tokens import F32, F64, I16, I32, I64
 from sim.traffic import TrafficShape
-from sim.traffic.affinity import NOISE_BITS, Affinity, AffinityBatch, AffinitySource, LayerValues, rescale
+from sim.traffic.affinity import NOISE_BITS, Affinity, AffinityBatch, AffinitySource, rescale
+from sim.traffic.layers import LayerValues
 
 # Loads and choices of a fit are asked for hundreds of times: always worth compiling.
 _KERNELS = choose(1 << 40)

@@ -14,12 +14,12 @@ correlation, co-activation and topic distances; says nothing about model quality
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Annotated, Literal, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from sim.kernels import affinity as kernel
 from sim.kernels import compiled_enabled
@@ -27,6 +27,7 @@ from sim.kernels.elementary import exp
 from sim.rng import stream
 from sim.tokens import F32, F64, I32, I64, Tokens
 from sim.traffic import Batch, Source, Traffic, TrafficShape
+from sim.traffic.layers import MOST_SPREAD, LayerProfile, LayerValues
 from sim.traffic.mixture import Drift, Mixture, Oscillation, Shift, check_names
 from sim.traffic.topics import Leaf, TokenTopic, Topic, check_tree, cumulative, leaves
 from sim.traffic.vocabulary import Vocabulary, Words
@@ -36,104 +37,9 @@ from sim.traffic.vocabulary import Vocabulary, Words
 # no expert is favoured; and two tokens share a window with probability 2^-18.
 NOISE_BITS = 18
 _LATENT_CACHE_BYTES = 256 * 2**20
-_FACTORS = ("logit_scale", "temporal", "topic")  # of a profile; its other values replace
-_MOST = 1024.0  # bound of a profile's replaced values
-_MOST_SPREAD = 8.0
 _MOST_SURE = 4.0
 _MOST_TILT = 30.0  # exp of it squared is far from overflow
 _Preference = Annotated[float, Field(ge=-100, le=100)]
-
-
-class LayerProfile(BaseModel):
-    """How layers differ with depth: factors at knots, linear between them; depth 0 = first MoE layer, 1 = last.
-
-    The defaults follow DeepSeek-R1's router entropy by layer for ``logit_scale`` (routing_statistics.md section 7:
-    Gaussian-equivalent standard deviation 0.4 first, 1.1 middle, 1.55 last; R1's single sharp dips are left out), and
-    DeepSeek-V2-Lite for ``temporal`` (latent lag-1 correlation .10 in the first layer, .42-.50 from a sixth to the
-    middle of the depth, .36 at four fifths: sections 4, 8) and ``topic`` (spread of popularity on ESFT law by layer).
-    A model with one MoE layer sits at depth 0.5. Known departure: DeepSeek-V3's own load skew on GPQA does not rise
-    with depth (share of the 32 hottest experts .34-.50 in layers 3-9, .31 on average), V2-Lite's and OLMoE's do.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    depth: tuple[float, ...] = (0.0, 0.12, 0.35, 0.8, 1.0)
-    logit_scale: tuple[float, ...] = (0.37, 0.7, 1.0, 1.1, 1.4)
-    """Multiplies ``logit_scale``."""
-    temporal: tuple[float, ...] = (0.2, 0.7, 1.0, 0.8, 0.75)
-    """Share of the sequence, slow and fast variances that stays; the rest moves to the token part (0..1)."""
-    topic: tuple[float, ...] = (0.4, 0.6, 1.0, 1.0, 1.0)
-    """Multiplies every topic's ``popularity_sd``."""
-    # What follows replaces the traffic's own value of the same name, where given (`sim.fit` writes it).
-    popularity_sd: tuple[float, ...] | None = None
-    latent_rank: tuple[float, ...] | None = None
-    """Factors at work in a layer, at most the traffic's ``latent_rank``; 4.3 = four and a third one at weight 0.3."""
-    sequence_variance: tuple[float, ...] | None = None
-    slow_variance: tuple[float, ...] | None = None
-    fast_variance: tuple[float, ...] | None = None
-    token_variance: tuple[float, ...] | None = None
-    basis_tail: tuple[float, ...] | None = None
-    iid_variance: tuple[float, ...] | None = None
-    memory_spread: tuple[float, ...] | None = None
-    scale_spread: tuple[float, ...] | None = None
-
-    @model_validator(mode="after")
-    def _knots(self) -> Self:
-        if len(self.depth) < 2 or self.depth[0] != 0 or self.depth[-1] != 1:
-            raise ValueError("depth must run from 0 to 1")
-        if any(b <= a for a, b in zip(self.depth, self.depth[1:], strict=False)):
-            raise ValueError("depth must increase")
-        for name in type(self).model_fields:
-            values = getattr(self, name)
-            if name == "depth" or values is None:
-                continue
-            if len(values) != len(self.depth):
-                raise ValueError(f"{name} needs one value per depth ({len(self.depth)}, found {len(values)})")
-            if min(values) < 0 or (name == "temporal" and max(values) > 1):
-                raise ValueError(f"{name} must be {'between 0 and 1' if name == 'temporal' else 'at least 0'}")
-            most = {"memory_spread": _MOST_SPREAD, "scale_spread": 1.0}.get(name, _MOST)
-            if name not in _FACTORS and max(values) > most:
-                raise ValueError(f"{name} must be at most {most:g}")
-        return self
-
-    def at(self, layer: int, n_layers: int) -> tuple[float, float, float]:
-        """Return (logit_scale, temporal, topic) factors of MoE layer ``layer`` of ``n_layers``."""
-        factors = self._mixed(layer, n_layers, _FACTORS)
-        return factors["logit_scale"], factors["temporal"], factors["topic"]
-
-    def replaced(self, layer: int, n_layers: int) -> dict[str, float]:
-        """Return the values that MoE layer ``layer`` of ``n_layers`` has instead of the traffic's own, by name."""
-        own = [name for name in type(self).model_fields if name not in ("depth", *_FACTORS)]
-        return self._mixed(layer, n_layers, [name for name in own if getattr(self, name) is not None])
-
-    def _mixed(self, layer: int, n_layers: int, names: Iterable[str]) -> dict[str, float]:
-        depth = layer / (n_layers - 1) if n_layers > 1 else 0.5
-        upper = next(i for i in range(1, len(self.depth)) if depth <= self.depth[i])
-        left, right = self.depth[upper - 1], self.depth[upper]
-        share = (depth - left) / (right - left)
-
-        def mix(values: tuple[float, ...]) -> float:
-            return values[upper - 1] * (1 - share) + values[upper] * share
-
-        return {name: mix(getattr(self, name)) for name in names}
-
-
-class LayerValues(NamedTuple):
-    """The generator's parameters in one layer, after the profile."""
-
-    logit_scale: float
-    popularity: tuple[float, ...] | None
-    popularity_sd: float
-    topic_factor: float
-    latent_rank: float
-    sequence_variance: float
-    slow_variance: float
-    fast_variance: float
-    token_variance: float
-    iid_variance: float
-    basis_tail: float
-    memory_spread: float = 0.0
-    scale_spread: float = 0.0
 
 
 class Affinity(Traffic):
@@ -170,14 +76,14 @@ class Affinity(Traffic):
     slow_correlation: float = Field(default=0.93, ge=0, lt=1)
     fast_variance: float = Field(default=0.68, ge=0, le=100)
     fast_correlation: float = Field(default=0.42, ge=0, lt=1)
-    correlation_spread: float = Field(default=0.0, ge=0, le=_MOST_SPREAD)
+    correlation_spread: float = Field(default=0.0, ge=0, le=MOST_SPREAD)
     """How the factors' fast parts differ in memory: the log-odds of a factor's correlation are those of
     ``fast_correlation`` plus up to this much, or less by as much. 0 = all alike."""
     token_variance: float = Field(default=0.0, ge=0, le=100)
     basis_tail: float = Field(default=0.0, ge=0, le=100)
     """How experts gather on few factors: their normal loadings x become x + basis_tail x^3 (then unit columns again).
     Raises the co-activation of the closest pairs."""
-    memory_spread: float = Field(default=0.0, ge=0, le=_MOST_SPREAD)
+    memory_spread: float = Field(default=0.0, ge=0, le=MOST_SPREAD)
     """How experts differ in memory: factors have unequal shares of it (`_memory_shares`) and an expert leans to the
     lasting or to the fleeting ones. 0 = all alike, and so with no token part to take what a factor loses. On real traces
     the correlation of one expert's choice at neighbouring tokens runs from 0 to .7 over experts (`sim.fit`)."""
