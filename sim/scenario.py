@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sim import yamlfile
 from sim.cluster import Cluster
@@ -137,7 +137,12 @@ class Scenario(_Block):
     def model_of(self, policy: Policy) -> Model:
         """The model that ``policy`` gates, with the policy's own number of experts per token if it has one."""
         model, k = policy.model or self.model, policy.num_experts_per_tok
-        return model if k is None or k == model.num_experts_per_tok or not model.is_moe else _with_k(model, k)
+        if k is None or k == model.num_experts_per_tok or not model.is_moe:
+            return model
+        try:
+            return _with_k(model, k)
+        except ValidationError:  # `problems` says why
+            return model
 
     def parallel_of(self, policy: Policy) -> Parallel:
         return policy.parallel or self.parallel
@@ -265,6 +270,13 @@ class Scenario(_Block):
 
     def _policy_problems(self, i: int, policy: Policy) -> Iterator[Rule]:
         at: tuple[str | int, ...] = ("policies", i)
+        base, k = policy.model or self.model, policy.num_experts_per_tok
+        if k is not None and base.is_moe:
+            try:
+                _with_k(base, k)
+            except ValidationError as error:
+                found = error.errors()[0]
+                yield (*at, "num_experts_per_tok"), f"{'.'.join(map(str, found['loc']))} {found['msg']}"
         model, parallel = self.model_of(policy), self.parallel_of(policy)
         where = (*at, "parallel") if policy.parallel else ("parallel",)
         devices, per_node = self.cluster.n_devices, self.cluster.devices_per_node

@@ -360,3 +360,12 @@ def test_fuzzed_lines(folder: Path, edits: list[tuple[int, bool, str]]) -> None:
         indent = lines[number][: len(lines[number]) - len(lines[number].lstrip(" "))]
         lines[number] = indent + part if whole or not colon else f"{key}: {part}"
     ends_in_a_scenario_or_its_error(folder, "\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize("k", [31, 33])
+def test_experts_per_token_that_the_model_cannot_serve(k: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """tiny.yaml: 32 experts, of which the one kept group holds 16."""
+    tiny = Path(__file__).resolve().parents[1] / "scenarios" / "tiny.yaml"
+    assert main([str(tiny), "--set", f"policies.1.num_experts_per_tok={k}", "--out", "-"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "policies.1.num_experts_per_tok: " in err and f"[got {k}]" in err and "Traceback" not in err
