@@ -163,8 +163,9 @@ def _route(task: Task, batch: Batch, layers: Layers, n_ranks: int, phase: str, s
             rng = partial(stream, task.scenario.seed, "gate", task.replica, phase, step, layer, rank)
             if tokens.logits is None:
                 for tally in tallies:
-                    tally.take(tokens, _in_parts(tally, tokens, rng, _recorded(tally.gate)), None)
-                    tally.judge(1.0, 1.0)
+                    chosen = _in_parts(tally, tokens, rng, _recorded(tally.gate))
+                    tally.take(tokens, chosen, None)
+                    tally.judge(*_recorded_affinity(tokens, chosen))
             else:
                 _choose(tokens, tokens.logits, tallies, rng, judge=phase != "warmup", training=training, sample=sample)
 
@@ -185,6 +186,15 @@ def _in_parts(tally: Tally, tokens: Tokens, rng: Draw, decide: Decide) -> list[C
         cut = {name: a[rows] for name in arrays if (a := getattr(tokens, name)) is not None}
         found.append(decide(rows, replace(tokens, **cut), partial(rng, part)))
     return found
+
+
+def _recorded_affinity(tokens: Tokens, chosen: list[Choices]) -> tuple[float, float]:
+    """Recorded gate weights that capacity let through, and all of them; without weights every choice weighs the same."""
+    ids = tokens.topk_ids
+    weights = np.ones(ids.shape) if ids is not None and tokens.topk_weights is None else tokens.topk_weights
+    assert weights is not None
+    kept = np.concatenate([choices.kept for choices in chosen]) >= 0
+    return float(weights[kept].sum(dtype=np.float64)), float(weights.sum(dtype=np.float64))
 
 
 def _recorded(gate: Gate) -> Decide:

@@ -168,9 +168,9 @@ def _topic_rows(scenario: Scenario, topic_tokens: Any, asked: Any) -> list[dict[
             "modality": modality,
             "asked": int(asked[i]),
             "dropped_share": float(1.0 - kept[i] / asked[i]) if asked[i] else math.nan,
-            "max_vio": float(max_vio(topic_tokens[i])),
-            "load_cv": float(coefficient_of_variation(topic_tokens[i])),
-            "starved_10pct": float(starved_share(topic_tokens[i], 0.1)),
+            "max_vio": float(max_vio(topic_tokens[i])) if kept[i] else math.nan,
+            "load_cv": float(coefficient_of_variation(topic_tokens[i])) if kept[i] else math.nan,
+            "starved_10pct": float(starved_share(topic_tokens[i], 0.1)) if kept[i] else math.nan,
         }
         | ({"expert_tokens": topic_tokens[i].tolist()} if scenario.steps.record_topic_experts else {})
         for i, (name, modality) in enumerate(zip(scenario.traffic.topics, scenario.traffic.modalities, strict=True))

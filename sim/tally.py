@@ -146,8 +146,8 @@ class Tally:
         if self.n_topics > 1:
             self.topic_kept += by_group(tokens.topic[rows], kept, self.n_topics, self.experts)
         if tokens.sequence is not None:
-            sequence = tokens.sequence[rows] - tokens.sequence[rows.start]
-            counts = by_group(sequence, kept, int(sequence[-1]) + 1, self.experts)
+            found, sequence = np.unique(tokens.sequence[rows], return_inverse=True)  # in mixed order they are no run
+            counts = by_group(sequence.astype(np.int32), kept, len(found), self.experts)
             self.per_sequence.append((len(kept), max_vio(counts)))
 
     def _sample(self, part: int, tokens: Tokens, rows: slice, choices: Choices, router: Router) -> None:

@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+import sim
 from sim.kernels import affinity as kernel
 from sim.kernels import elementary
 from sim.plugin import members
@@ -1400,3 +1401,29 @@ def test_impute_on_a_real_trace(shared: Path) -> None:
     assert len(config.topics) == 57
     with pytest.raises(ValueError, match="were not renormalised"):
         config.start(TrafficShape(2, 32, 4, 1), 0, 0)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_replay_in_mixed_order_runs_and_judges_what_capacity_drops(tmp_path: Path, parts: int) -> None:
+    """Whole runs: sequences are no runs of tokens in mixed order; what is dropped is not kept affinity."""
+    arrays = good()
+    path = write(tmp_path / "t.npz", arrays)
+    text = {
+        "name": "mixed",
+        "model": {
+            "name": "toy", "num_hidden_layers": 2, "hidden_size": 64, "vocab_size": 64, "num_attention_heads": 2,
+            "n_routed_experts": E, "num_experts_per_tok": K, "moe_intermediate_size": 64, "scoring_func": "softmax",
+        },
+        "cluster": {"extends": "scenarios/clusters/h100.yaml", "nodes": 1},
+        "traffic": {"kind": "replay", "path": path, "tokens_per_rank": 60, "order": "mixed"},
+        "schedule": {"micro_batches": parts},
+        "steps": {"timed": "none"},
+        "policies": [
+            {"name": "all", "select": "recorded"},
+            {"name": "few", "select": "recorded", "capacity": {"kind": "expert_capacity", "capacity_factor": 0.5}},
+        ],
+    }  # fmt: skip
+    result = sim.run(text)
+    every, few = (result.steps[result.steps.policy == name].iloc[0] for name in ("all", "few"))
+    assert every.kept_affinity == 1.0 and every.dropped_share == 0.0 and every.max_vio_sequence > 0
+    assert few.dropped_share > 0.2 and 0.2 < few.kept_affinity < 0.9
