@@ -157,9 +157,14 @@ def _route(task: Task, batch: Batch, layers: Layers, n_ranks: int, phase: str, s
     outside and layers inside. judged: keep a sample of natural affinities for `_bound`."""
     training = task.scenario.schedule.phase == "training"
     sample = -(-ORACLE_TOKENS // n_ranks) if judged else 0
+    lots = any(tally.gate.capacity.lots for tally in _each(layers))
     for rank in range(n_ranks):
         for layer, tallies in layers.items():
             tokens = batch.tokens(layer, rank)
+            if lots:
+                one = stream(task.scenario.seed, "lots", task.replica, phase, step, rank)
+                sequence = np.zeros(tokens.n_tokens, np.int32) if tokens.sequence is None else tokens.sequence
+                tokens = replace(tokens, lot=one.random(int(sequence.max(initial=0)) + 1)[sequence])
             rng = partial(stream, task.scenario.seed, "gate", task.replica, phase, step, layer, rank)
             if tokens.logits is None:
                 for tally in tallies:
@@ -182,7 +187,7 @@ def _in_parts(tally: Tally, tokens: Tokens, rng: Draw, decide: Decide) -> list[C
     size, found = tokens.n_tokens // parts, []
     for part in range(parts):
         rows = slice(part * size, (part + 1) * size)
-        arrays = ("logits", "topic", "sequence", "token_ids", "topk_ids", "topk_weights")
+        arrays = ("logits", "topic", "sequence", "token_ids", "lot", "topk_ids", "topk_weights")
         cut = {name: a[rows] for name in arrays if (a := getattr(tokens, name)) is not None}
         found.append(decide(rows, replace(tokens, **cut), partial(rng, part)))
     return found

@@ -25,6 +25,8 @@ class Tokens:
     sequence: [T] int32, which of the batch's sequences a token belongs to (0, 1, ...), or None: all of one sequence.
     token_ids: [T] int32 vocabulary index, 0 = the most frequent, or None if the traffic has no vocabulary.
     topk_ids, topk_weights: [T, k] int16 / float32 recorded choices, or None when the gate has to choose.
+    lot: [T] float64 in 0..1, drawn once per sequence and equal in all layers, or None: for rules that treat whole sequences
+    by chance.
     """
 
     rank: int
@@ -34,6 +36,7 @@ class Tokens:
     token_ids: I32 | None = None
     topk_ids: I16 | None = None
     topk_weights: F32 | None = None
+    lot: F64 | None = None
 
     @property
     def n_tokens(self) -> int:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import sim
 from sim.gating import Gate, Gating
 from sim.gating.capacity import Asked
 from sim.gating.capacity.device_budget import DeviceBudget
@@ -425,3 +428,26 @@ def test_capacity_applies_to_recorded_choices() -> None:
         np.testing.assert_array_equal(routing.topk_weights, expected.astype(np.float32))
     with pytest.raises(ValueError, match="neither logits nor recorded choices"):
         gate.keep_recorded(Tokens(0, None, np.zeros(3, np.int32)), np.random.default_rng)
+
+
+def test_a_protected_sequence_is_so_in_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSeek-V2 report, 2.2.4: tokens of the protected sequences are never dropped, so layers must agree on them."""
+    lots: Counter[bytes] = Counter()
+    real = DeviceBudget.keep
+
+    def keep(self: DeviceBudget, asked: Asked) -> I16:
+        assert asked.lot is not None
+        lots[asked.lot.tobytes()] += 1
+        for sequence in np.unique(asked.sequence):
+            assert len(np.unique(asked.lot[asked.sequence == sequence])) == 1
+        kept = real(self, asked)
+        assert (kept[asked.lot < self.protected_share] == asked.topk_ids[asked.lot < self.protected_share]).all()
+        return kept
+
+    monkeypatch.setattr(DeviceBudget, "keep", keep)
+    sim.run(
+        Path(__file__).resolve().parents[1] / "scenarios" / "tiny.yaml",
+        overrides=["policies=[{name: v2, capacity: {kind: device_budget, protected_share: 0.3}}]", "replicas=1", "steps.count=1"],
+    )  # fmt: skip
+    layers, ranks, parts = 3, 8, 2
+    assert list(lots.values()) == [layers] * (ranks * parts)

@@ -242,7 +242,10 @@ class Gate:
         weight = self.weights(scores, asked if considered is None else considered)
         sequence = _sequence(tokens, len(asked))
         in_line = considered if self.select.dismissed_take_places else None
-        return self.capacity.keep(Asked(asked, affinity, sequence, self.n_routed_experts, rng, self.k, weight, in_line))
+        lot = None if tokens is None else tokens.lot
+        return self.capacity.keep(
+            Asked(asked, affinity, sequence, self.n_routed_experts, rng, self.k, weight, in_line, lot)
+        )
 
     def keep_recorded(self, tokens: Tokens, rng: Callable[[], np.random.Generator]) -> Choices:
         """Apply the capacity to recorded choices; without recorded weights all affinities are equal."""
@@ -254,7 +257,7 @@ class Gate:
         weights = tokens.topk_weights
         affinity = np.ones(asked.shape, np.float32) if weights is None else weights
         sequence = _sequence(tokens, len(asked))
-        kept = self.capacity.keep(Asked(asked, affinity, sequence, self.n_routed_experts, rng, self.k))
+        kept = self.capacity.keep(Asked(asked, affinity, sequence, self.n_routed_experts, rng, self.k, lot=tokens.lot))
         return Choices(asked, kept)
 
     def weights(self, scores: F32, topk_ids: I16) -> F32:

@@ -105,7 +105,12 @@ class RouterLoss(Balance):
     def note(self, model: Model) -> str:
         return (
             f"Losses act through logit offsets whose pull-back (lambda = {self.pull_back:g}) was calibrated on one "
-            "published figure (MaxVio 0.72 at alpha = 1e-3, arXiv 2408.15664 Table 2); other rows are predictions."
+            "published figure (MaxVio 0.72 at alpha = 1e-3, arXiv 2408.15664 Table 2, 64 experts); other rows are predictions."
+            + (
+                ""
+                if model.n_routed_experts == 64
+                else f" At {model.n_routed_experts} experts lambda is not calibrated (a loss pulls as 1/E against it)."
+            )
         )
 
 

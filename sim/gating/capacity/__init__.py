@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 from sim.gating.piece import Piece
-from sim.tokens import F32, I16, I32
+from sim.tokens import F32, F64, I16, I32
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +21,7 @@ class Asked:
     int32. n_routed_experts: E. rng: makes the stream of this (replica, step, layer, rank), the same for every policy.
     num_experts_per_tok: the model's K where tokens may get another number. weight: [T, k] float32 gate weights of the
     choices if they are not the affinities. in_line: [T, k] choices that use up places where that is more than those made
-    (GShard's dismissed second experts).
+    (GShard's dismissed second experts). lot: `Tokens.lot`, or None.
     """
 
     topk_ids: I16
@@ -31,6 +32,7 @@ class Asked:
     num_experts_per_tok: int | None = None
     weight: F32 | None = None
     in_line: I16 | None = None
+    lot: F64 | None = None
 
     @property
     def experts_per_token(self) -> int:
@@ -40,6 +42,9 @@ class Asked:
 
 class Capacity(Piece):
     """A capacity rule, applied to the tokens of one source rank and micro-batch after selection."""
+
+    lots: ClassVar[bool] = False
+    """Whether the rule asks for `Tokens.lot`."""
 
     @abstractmethod
     def keep(self, asked: Asked) -> I16:

@@ -2,12 +2,14 @@
 
 DeepSeek-V2 report, section 2.2.4: capacity factor 1.0, lowest affinities dropped first, tokens of about 10 % of the
 training sequences never dropped; no dropping in evaluation. The text leaves open whether a token or one of its choices is
-dropped: here it is the (token, expert) pair, judged by its own affinity. Devices are the model's groups of experts.
+dropped: here it is the (token, expert) pair, judged by its own affinity. Devices are the model's groups of experts. Each
+source rank's micro-batch has its own share of a device's budget, which drops more than one budget for all ranks would:
+small micro-batches lose more to chance. A protected sequence is so in all layers.
 """
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import Field
@@ -35,6 +37,7 @@ class DeviceBudget(Capacity):
     """
 
     kind: Literal["device_budget"] = "device_budget"
+    lots: ClassVar[bool] = True
     n_devices: int | None = Field(default=None, gt=0)
     capacity_factor: float = Field(default=1.0, gt=0, le=1e4)
     protected_share: float = Field(default=0.1, ge=0, le=1)
@@ -55,9 +58,10 @@ class DeviceBudget(Capacity):
         device = np.where(ids >= 0, ids // (asked.n_routed_experts // self.n_devices), -1)
         # A product that should be whole must not lose a pair to its last bit.
         budget = int(np.count_nonzero(ids >= 0) * self.capacity_factor / self.n_devices * (1.0 + 1e-12))
-        n_sequences = int(asked.sequence.max(initial=0)) + 1
-        safe = asked.rng().random(n_sequences) < self.protected_share
-        protected = np.repeat(safe[asked.sequence], asked.topk_ids.shape[1])
+        lot = asked.lot
+        if lot is None:
+            lot = asked.rng().random(int(asked.sequence.max(initial=0)) + 1)[asked.sequence]
+        protected = np.repeat(lot < self.protected_share, asked.topk_ids.shape[1])
         order = np.lexsort((-asked.affinity.ravel(), ~protected))  # protected pairs first, then by affinity
         dropped = np.zeros(len(ids), dtype=bool)
         dropped[order] = place_in_line(device[order], self.n_devices) >= budget
