@@ -108,7 +108,9 @@ def estimate(scenario: Scenario) -> Estimate:
             continue
         width = (model.n_routed_experts / 256 + 0.3) / 1.3
         per_policy = token_layers_of(scenario, policy)
-        seconds += per_policy * _ROUTE_S[compiled] * width
+        seconds += per_policy * (
+            _ROUTE_S[compiled] * width + policy.select.extra_s_per_token * model.n_routed_experts / 128
+        )
         key = model.model_dump_json()
         models[key] = max(models.get(key, 0.0), per_policy * _SHARED_S[compiled] * width)
         domain = scenario.cluster.topology.domain(scenario.cluster)

@@ -49,7 +49,7 @@ class Gating(BaseModel):
     capacity: Annotated[Capacity, Choice(Capacity)] = NoCapacity()
     num_experts_per_tok: int | None = Field(default=None, gt=0)
     norm_topk_prob: bool | None = None
-    routed_scaling_factor: float | None = None
+    routed_scaling_factor: float | None = Field(default=None, ge=-1e6, le=1e6)
     router_jitter_noise: float = Field(default=0.0, ge=0, lt=1)
 
     @property

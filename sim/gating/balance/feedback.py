@@ -59,8 +59,8 @@ class Feedback(Balance):
     kind: Literal["feedback"] = "feedback"
     settled_gain: float = Field(default=0.5, ge=0, le=1e3)
     head_start: float = Field(default=30.0, ge=0, le=1e3)
-    head_start_steps: float = Field(default=8.0, gt=0)
-    memory_steps: float = Field(default=100.0, ge=1)
+    head_start_steps: float = Field(default=8.0, ge=1e-3, le=1e9)
+    memory_steps: float = Field(default=100.0, ge=1, le=1e9)
     specialisation_rate: float = Field(default=3e-5, ge=0, le=1e3)
     logit_spread: float = Field(default=1.0, gt=0, le=1e3)
 

@@ -50,7 +50,7 @@ class RouterLoss(Balance):
     Topics without tokens in a step stay where they are.
     """
 
-    pull_back: float = Field(default=PULL_BACK, gt=0)
+    pull_back: float = Field(default=PULL_BACK, ge=1e-15, le=1e15)
     offset_update_rate: float = Field(default=0.1, gt=0, le=1)
     stop_after_step: int | None = Field(default=None, ge=0)
     decay: Literal["constant", "linear"] = "constant"
@@ -124,7 +124,7 @@ class BalanceLoss(RouterLoss):
     A subclass says which units (experts, devices) a token used, and what F follows from the counts of units.
     """
 
-    aux_loss_alpha: float = Field(default=1e-3, ge=0)
+    aux_loss_alpha: float = Field(default=1e-3, ge=0, le=1e15)
     scope: Scope = "global_batch"
     buffer: bool = False
     exact: ClassVar[bool] = True

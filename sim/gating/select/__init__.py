@@ -63,6 +63,8 @@ class Select(Piece):
     reads: ClassVar[Literal["nothing", "order", "differences", "sizes"]] = "order"
     """What decides which experts a token gets: nothing of the scores, their order (any increasing function of all scores
     leaves the choice), their differences (any constant added to all does) or their sizes."""
+    extra_s_per_token: ClassVar[float] = 0.0
+    """Seconds per token and layer beyond a top-k's, roughly, on one core with 128 experts: for the estimate."""
     varies: ClassVar[bool] = False
     """Whether tokens may get more or fewer than k experts; unused places hold -1."""
 

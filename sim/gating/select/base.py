@@ -31,6 +31,7 @@ class Base(Select):
 
     kind: Literal["base"] = "base"
     per_token: ClassVar[bool] = False
+    extra_s_per_token: ClassVar[float] = 1e-4
     causal: ClassVar[bool] = False
     reads: ClassVar[Literal["nothing", "order", "differences", "sizes"]] = "differences"
     training: bool = True

@@ -39,7 +39,8 @@ class ExpertChoice(Select):
     capacity_factor: float | None = Field(default=None, gt=0, le=1e4)
 
     def note(self, model: Model) -> str:
-        bits = leakage_bits_per_token_and_layer(model.n_routed_experts, model.num_experts_per_tok)
+        per_token = self.capacity_factor or float(model.num_experts_per_tok)
+        bits = leakage_bits_per_token_and_layer(model.n_routed_experts, per_token)
         return (
             "expert choice is not causal: a token's experts depend on later tokens, which a decoder does not have; what "
             f"training can leak that way exceeds {bits:.1f} bits per token and layer (arXiv 2408.15664, appendix D.1)"
@@ -59,7 +60,7 @@ class ExpertChoice(Select):
         return ids
 
 
-def leakage_bits_per_token_and_layer(n_routed_experts: int, num_experts_per_tok: int) -> float:
+def leakage_bits_per_token_and_layer(n_routed_experts: int, num_experts_per_tok: float) -> float:
     """Return K log2((1 - R) / R) with R = K / N: what expert choice can tell a token about its successors, at least
     (arXiv 2408.15664, section 5.2); 0 where half of the experts or more are chosen anyway."""
     share = num_experts_per_tok / n_routed_experts

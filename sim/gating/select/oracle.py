@@ -24,6 +24,7 @@ class Oracle(Select):
 
     kind: Literal["oracle"] = "oracle"
     per_token: ClassVar[bool] = False
+    extra_s_per_token: ClassVar[float] = 1.5e-4
     causal: ClassVar[bool] = False
     reads: ClassVar[Literal["nothing", "order", "differences", "sizes"]] = "differences"
 
