@@ -14,12 +14,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sim.kernels.choose import Kernels
+from sim.rng import stream
 from sim.tokens import F32, F64, I16, I64, Bool
 
 _ROUNDS = 60
 _OPEN_PER_TOKEN = 3
+_OPEN_MORE = 2
 _PENALTY = 10.0  # of a missing or a surplus pair, for scores in 0..1
 _TOLERANCE = 2e-7  # twice the solver's own
+_TIE_BREAK = 1e-5  # of the scores' range: so much may a pair's score be off in the optimum that is found
 
 
 class Prices(NamedTuple):
@@ -96,7 +99,9 @@ def balanced_assignment(scores: F32, k: int, kernels: Kernels, loads: I64 | None
         return np.tile(np.arange(n_experts, dtype=np.int16), (n_tokens, 1))[:, :k]
     exact = scores.astype(np.float64)
     exact = (exact - exact.min()) / (float(np.ptp(exact)) or 1.0)  # the solver's tolerances are absolute
-    priced = scores - balanced_bound(scores, k, kernels).price
+    # Ties make the program slow by orders of magnitude, and saturated scores are full of them.
+    exact += _TIE_BREAK * stream(0, "assignment", "ties").random(exact.shape)
+    priced = exact - balanced_bound(exact.astype(np.float32), k, kernels).price
     best = np.argsort(-priced, axis=1, kind="stable")
     likely: Bool = np.zeros(scores.shape, dtype=bool)
     np.put_along_axis(likely, best[:, :k], True, axis=1)
@@ -109,16 +114,19 @@ def balanced_assignment(scores: F32, k: int, kernels: Kernels, loads: I64 | None
         chosen, wrong = _solve(exact, likely & ~open_, open_, k, wanted)
         if not wrong.any():
             break
-        open_ |= wrong
+        # The most wrong first: a program of all of them is far slower than a few more rounds.
+        worst = np.argsort(-wrong, axis=1, kind="stable")[:, :_OPEN_MORE]
+        more = np.take_along_axis(open_, worst, axis=1) | (np.take_along_axis(wrong, worst, axis=1) > 0)
+        np.put_along_axis(open_, worst, more, axis=1)
     order = np.argsort(np.where(chosen, -scores, np.inf), axis=1, kind="stable")[:, :k]
     return order.astype(np.int16)
 
 
-def _solve(scores: F64, decided: Bool, open_: Bool, k: int, loads: I64) -> tuple[Bool, Bool]:
+def _solve(scores: F64, decided: Bool, open_: Bool, k: int, loads: I64) -> tuple[Bool, F64]:
     """Solve for ``scores`` [T, E] in 0..1 with only the ``open_`` pairs free, those ``decided`` chosen and no others.
 
-    Return [T, E] chosen, and wrong: pairs that were not open but, under the solver's prices, would change; none =
-    optimal.
+    Return [T, E] chosen, and wrong: by how much a pair that was not open would gain from a change under the solver's
+    prices; all 0 = optimal.
 
     Shortage and surplus of an expert are allowed at a price that no score can pay, so that a solution always exists; its
     prices then show which pairs to open.
@@ -146,7 +154,8 @@ def _solve(scores: F64, decided: Bool, open_: Bool, k: int, loads: I64) -> tuple
         raise RuntimeError(f"the assignment's linear program failed: {done.message}")
     price = done.eqlin.marginals
     reduced = -scores - price[:n_tokens, None] - price[n_tokens:]
-    wrong: Bool = ~open_ & np.where(decided, reduced > _TOLERANCE, reduced < -_TOLERANCE)
+    by = np.where(decided, reduced, -reduced)
+    wrong = np.where(~open_ & (by > _TOLERANCE), by, 0.0)
     if done.x[n:].sum() > 0.5 and not wrong.any():
         raise RuntimeError("the assignment's linear program found no pairs to balance its loads with")
     chosen = decided.copy()
