@@ -99,7 +99,10 @@ def _table(result: Result, names: Sequence[str]) -> list[str]:
 
 def _says(name: str, value: float, result: Result) -> bool:
     if name == "experts_per_token":  # of interest where policies differ from the model's number
-        return any(policy.select.varies for policy in result.scenario.policies)
+        scenario = result.scenario
+        moe = [policy for policy in scenario.policies if scenario.model_of(policy).is_moe]
+        several = len({scenario.model_of(policy).num_experts_per_tok for policy in moe}) > 1
+        return several or any(policy.select.varies for policy in moe)
     if name == "max_vio_asked":  # where nothing is dropped it is MaxVio itself
         return any(policy.capacity.kind != "none" for policy in result.scenario.policies)
     if name.startswith(("max_vio_micro_batch", "max_vio_ep_group")) and result.scenario.schedule.micro_batches == 1:
@@ -191,6 +194,19 @@ def _count_level(scenario: Scenario) -> list[str]:
     return lines
 
 
+def _without_effect(scenario: Scenario) -> list[str]:
+    """Balancing that a reader would take to be at work and that is not."""
+    moe = [policy for policy in scenario.policies if policy.learns and scenario.model_of(policy).is_moe]
+    deaf = [policy.name for policy in moe if policy.select.reads == "nothing"]
+    early = [policy.name for policy in moe if policy.name not in deaf]
+    lines = [f"{', '.join(deaf)}: the selection looks at no scores, so balancing has no effect"] if deaf else []
+    if early and scenario.steps.count == 1 and not scenario.steps.warmup.steps:
+        lines.append(
+            f"{', '.join(early)}: balancing has not moved yet: it learns from a step after it; set steps.warmup or steps.count"
+        )
+    return lines
+
+
 def _remarks(scenario: Scenario) -> list[str]:
     """What the pieces of the gates, the assumed dynamics and the traffic want the reader to know, each thing once."""
     remarks: dict[str, list[str]] = {}
@@ -200,6 +216,7 @@ def _remarks(scenario: Scenario) -> list[str]:
             for _, piece in policy.pieces():
                 remarks.setdefault(piece.note(model), []).append(policy.name)
     lines = [f"{', '.join(dict.fromkeys(names))}: {note}" for note, names in remarks.items() if note]
+    lines += _without_effect(scenario)
     lines += [f"all policies: {rule.note(scenario.model)}" for rule in scenario.router_dynamics]
     lines += [f"traffic: {caveat}" for caveat in scenario.traffic.caveats]
     if scenario.steps.resolution == "count":

@@ -56,7 +56,7 @@ class Warmup(_Block):
     steps: int = Field(default=0, ge=0, le=100_000)
     ranks: int = Field(default=8, gt=0)
     tokens_per_rank: int = Field(default=512, gt=0)
-    gain: float = Field(default=20.0, ge=1)
+    gain: float = Field(default=20.0, ge=1, le=1e6)
 
 
 class Steps(_Block):
@@ -218,6 +218,9 @@ class Scenario(_Block):
             if policy.name in names[:i]:
                 yield ("policies", i, "name"), f"another policy is called {policy.name!r}"
             yield from self._policy_problems(i, policy)
+        for i, assumed in enumerate(self.router_dynamics):
+            if not assumed.assumes:
+                yield ("router_dynamics", i), f"{assumed.kind} balances a gate: put it into a policy's balance"
         yield from self._traffic_problems()
         cluster = self.cluster
         if cluster.inter_node is None and cluster.topology.domain(cluster) < cluster.n_devices:
@@ -303,6 +306,12 @@ class Scenario(_Block):
                     (*where, "ep_size"),
                     f"policies with experts share one group: parallel.ep_size = {self.parallel.ep_size}",
                 )
+            for j, own in enumerate(policy.balance):
+                others = [
+                    other.kind for other in policy.balance if other is not own and other.kind in ("bias", own.kind)
+                ]
+                if own.ranks_alone and others:
+                    yield (*at, "balance", j), f"{own.kind} ranks by its own thresholds alone: not beside {others[0]}"
             for path, piece in policy.pieces():
                 for field, rule in piece.for_model(model).problems(model):
                     yield (*at, *path, field), rule

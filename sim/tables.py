@@ -156,7 +156,7 @@ def _total_row(scenario: Scenario, result: Counts) -> dict[str, float]:
         asked = np.sum(list(result.topic_asked.values()), axis=0)
         row["specialisation_bits"] = float(mutual_information_bits(by_topic))
         row["topic_max_vio"] = float(topic_max_vio(by_topic))
-        row["dropped_worst_topic"] = float((1.0 - by_topic.sum(axis=1) / np.maximum(asked, 1))[asked > 0].max())
+        row["dropped_worst_topic"] = float((1.0 - by_topic.sum(axis=1) / np.maximum(asked, 1))[asked > 0].max(initial=0.0))
     return row
 
 

@@ -369,3 +369,19 @@ def test_experts_per_token_that_the_model_cannot_serve(k: int, capsys: pytest.Ca
     assert main([str(tiny), "--set", f"policies.1.num_experts_per_tok={k}", "--out", "-"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and "policies.1.num_experts_per_tok: " in err and f"[got {k}]" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("router_dynamics=[{kind: bias}]", "router_dynamics.0: bias balances a gate: put it into a policy's balance"),
+        ("policies.1.balance=[quantile, bias]", "policies.1.balance.0: quantile ranks by its own thresholds alone: not beside bias"),
+        ("policies.1.select={kind: threshold, min_experts: 99}", "min_experts: must be <= max_experts = 8"),
+        ("steps.warmup.gain=1e300", "steps.warmup.gain: must be <= 1"),
+    ],
+)  # fmt: skip
+def test_pieces_that_do_not_go_together(override: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = Path(__file__).resolve().parents[1] / "scenarios" / "tiny.yaml"
+    assert main([str(tiny), "--set", override, "--out", "-"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and message in err and "Traceback" not in err

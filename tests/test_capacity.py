@@ -451,3 +451,20 @@ def test_a_protected_sequence_is_so_in_all_layers(monkeypatch: pytest.MonkeyPatc
     )  # fmt: skip
     layers, ranks, parts = 3, 8, 2
     assert list(lots.values()) == [layers] * (ranks * parts)
+
+
+@pytest.mark.parametrize("policy", ["probs", "position", "batch_prioritized"])
+def test_recorded_choices_may_come_in_any_order(policy: str) -> None:
+    """Recorders do not sort a token's experts; who gets a place follows from the weights all the same."""
+    rng = np.random.default_rng(3)
+    weights = np.sort(rng.random((50, 3)).astype(np.float32), axis=1)[:, ::-1].copy()
+    ids = np.argsort(rng.random((50, 8)), axis=1)[:, :3].astype(np.int16)
+    gate = Gate(Gating(capacity=ExpertCapacity(capacity_factor=0.6, drop_policy=policy)), toy_model(8, 3))  # type: ignore[arg-type]
+    kept = []
+    for order in ([0, 1, 2], [2, 0, 1]):
+        tokens = Tokens(0, None, np.zeros(50, np.int32), topk_ids=ids[:, order], topk_weights=weights[:, order])
+        found = gate.keep_recorded(tokens, np.random.default_rng)
+        np.testing.assert_array_equal(found.asked, ids[:, order])
+        kept.append(np.sort(found.kept, axis=1))
+    np.testing.assert_array_equal(*kept)
+    assert (kept[0] < 0).any()

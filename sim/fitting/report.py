@@ -82,7 +82,7 @@ def heading(fitted: Fitted, synthetic: _Statistics, source: str) -> str:
     trace = fitted.trace
     name = source if source.isprintable() else ascii(source)
     return (
-        f"# Fitted by sim.fit to {name}: {trace.n_tokens} tokens, layers {trace.layers[0]}-{trace.layers[-1]}, top-"
+        f"# Fitted by sim.fit to {name}: {trace.n_tokens} tokens, layers {', '.join(map(str, trace.layers))}, top-"
         f"{trace.topk_ids.shape[2]} of {trace.n_routed_experts}.\n# {share_within(fitted.real, synthetic):.0%} of (layer, "
         f"statistic) pairs within {TOLERANCE:.0%} of the trace, in synthetic traces of the same sequences.\n"
     )

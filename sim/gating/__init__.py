@@ -257,7 +257,14 @@ class Gate:
         weights = tokens.topk_weights
         affinity = np.ones(asked.shape, np.float32) if weights is None else weights
         sequence = _sequence(tokens, len(asked))
-        kept = self.capacity.keep(Asked(asked, affinity, sequence, self.n_routed_experts, rng, self.k, lot=tokens.lot))
+        # Recorders store a token's experts in any order; what ranks choices needs the best first.
+        order = np.argsort(-affinity, axis=1, kind="stable")
+        best_first, by = np.take_along_axis(asked, order, axis=1), np.take_along_axis(affinity, order, axis=1)
+        sorted_kept = self.capacity.keep(
+            Asked(best_first, by, sequence, self.n_routed_experts, rng, self.k, lot=tokens.lot)
+        )
+        kept = np.empty_like(asked)
+        np.put_along_axis(kept, order, sorted_kept, axis=1)
         return Choices(asked, kept)
 
     def weights(self, scores: F32, topk_ids: I16) -> F32:

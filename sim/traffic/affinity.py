@@ -231,7 +231,8 @@ class AffinitySource(Source):
         ):
             raise ValueError(
                 f"popularity: expected {shape.n_moe_layers} rows of {shape.n_routed_experts} numbers (the model's MoE "
-                f"layers and experts), found {len(rows)} rows of {sorted({len(row) for row in rows})}"
+                f"layers and experts), found {len(rows)} rows of {sorted({len(row) for row in rows})}; set model.num_hidden_layers "
+                "to the traced layers, or fit with --portable"
             )
         self._part_index = [parts.index(part) for part in self.parts]
         self.noise: F32 = stream(seed, "traffic", "noise", replica).standard_normal(

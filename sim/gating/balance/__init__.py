@@ -75,6 +75,10 @@ class Balance(Piece):
 
     learns: ClassVar[bool] = True
     """Whether steps change the state."""
+    assumes: ClassVar[bool] = False
+    """Whether it is an assumption about the router itself (`Scenario.router_dynamics`) rather than a way of balancing."""
+    ranks_alone: ClassVar[bool] = False
+    """Whether its update reranks tokens by its own state, so that another rule's bias would mislead it."""
     samples: ClassVar[bool] = False
     """Whether `update` looks at `Seen.samples`."""
     rests_when_even: ClassVar[bool] = True

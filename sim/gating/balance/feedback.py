@@ -15,7 +15,7 @@ are more uneven below the top (CV 2.8 at iteration 501, there 2.3 on layers 0-11
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -57,6 +57,7 @@ class Feedback(Balance):
     """
 
     kind: Literal["feedback"] = "feedback"
+    assumes: ClassVar[bool] = True
     settled_gain: float = Field(default=0.5, ge=0, le=1e3)
     head_start: float = Field(default=30.0, ge=0, le=1e3)
     head_start_steps: float = Field(default=8.0, ge=1e-3, le=1e9)

@@ -39,6 +39,7 @@ class Quantile(Balance):
     kind: Literal["quantile"] = "quantile"
     scope: Literal["micro_batch", "ep_group", "global_batch"] = "micro_batch"
     samples: ClassVar[bool] = True
+    ranks_alone: ClassVar[bool] = True
 
     def start(self, shape: GateShape) -> F64:
         return np.zeros(shape.n_routed_experts)

@@ -33,6 +33,7 @@ class Sinkhorn(Select):
 
     kind: Literal["sinkhorn"] = "sinkhorn"
     per_token: ClassVar[bool] = False
+    extra_s_per_token: ClassVar[float] = 1e-5
     causal: ClassVar[bool] = False
     reads: ClassVar[Literal["nothing", "order", "differences", "sizes"]] = "differences"
     tolerance: float = Field(default=1e-4, gt=0, le=1)

@@ -36,6 +36,9 @@ class Threshold(Select):
     max_experts: int | None = Field(default=None, gt=0)
 
     def problems(self, model: Model) -> list[tuple[str, str]]:
+        most = self.max_experts or min(2 * model.num_experts_per_tok, model.n_routed_experts)
+        if self.min_experts > most:
+            return [("min_experts", f"must be <= max_experts = {most}")]
         return too_many(self.max_experts, model)
 
     def select(self, candidates: Candidates) -> I16:
