@@ -7,14 +7,13 @@ from dataclasses import dataclass
 
 from sim.countlevel import BLOCKS_PER_PART
 from sim.kernels import compiled_enabled
-from sim.rollout import measured_steps, token_layers, token_layers_of
+from sim.rollout import LAYERS_PER_TASK, measured_steps, token_layers, token_layers_of
 from sim.scenario import Policy, Scenario
 from sim.units import human
 
 MAX_EVENTS = 100_000_000
 MAX_SECONDS = 6 * 3600.0
 _BASE_BYTES = 250 * 2**20
-_LAYERS_PER_TASK = 4  # as `sim.study.LAYERS_PER_TASK`, a floor above
 # Measured on one core with 256 experts, top-8; both scale with the number of experts.
 _ROUTE_S = {True: 0.75e-6, False: 4.0e-6}  # per token and layer for each policy, compiled / NumPy
 _SHARED_S = {True: 0.9e-6, False: 4.0e-6}  # per token and layer, once for all policies: affinities and scores
@@ -141,7 +140,7 @@ def _drawn(scenario: Scenario, policy: Policy) -> tuple[float, float]:
     once = scenario.pilots_once(policy)
     pilot_ranks = steps.pilot_ranks if once else min(ranks, steps.pilot_ranks)
     blocks = 4.0 * BLOCKS_PER_PART * width + (16.0 * model.n_routed_experts if once else 0.0)
-    layers = min(model.n_moe_layers, _LAYERS_PER_TASK)
+    layers = min(model.n_moe_layers, LAYERS_PER_TASK)
     return (
         each * model.n_moe_layers * scenario.replicas,
         pilot_ranks * scenario.schedule.micro_batches * blocks * layers,

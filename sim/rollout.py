@@ -14,7 +14,7 @@ import numpy as np
 
 from sim.drawn import DrawnTally
 from sim.drawn import tally as tally_of
-from sim.gating import Choices, Gate, Router
+from sim.gating import Choices, Gate, Router, recorded_affinity
 from sim.gating.assignment import balanced_share
 from sim.gating.score import Score
 from sim.kernels.choose import choose
@@ -24,6 +24,8 @@ from sim.tally import Counts, Tally, spread
 from sim.tokens import F32, I16, Tokens
 from sim.traffic import Batch, Source, TrafficShape
 
+LAYERS_PER_TASK = 4
+"""Layers that are rolled together and whose pilots are held at a time."""
 ORACLE_TOKENS = 4096
 """Tokens of the last step, over all ranks, on which the balanced optimum is bounded."""
 
@@ -159,12 +161,14 @@ def _route(task: Task, batch: Batch, layers: Layers, n_ranks: int, phase: str, s
     sample = -(-ORACLE_TOKENS // n_ranks) if judged else 0
     lots = any(tally.gate.capacity.lots for tally in _each(layers))
     for rank in range(n_ranks):
+        lot = None
         for layer, tallies in layers.items():
             tokens = batch.tokens(layer, rank)
             if lots:
-                one = stream(task.scenario.seed, "lots", task.replica, phase, step, rank)
-                sequence = np.zeros(tokens.n_tokens, np.int32) if tokens.sequence is None else tokens.sequence
-                tokens = replace(tokens, lot=one.random(int(sequence.max(initial=0)) + 1)[sequence])
+                if lot is None:  # the sequences of a rank are the same in all layers
+                    draw = stream(task.scenario.seed, "lots", task.replica, phase, step, rank)
+                    lot = draw.random(int(tokens.sequences.max(initial=0)) + 1)[tokens.sequences]
+                tokens = replace(tokens, lot=lot)
             rng = partial(stream, task.scenario.seed, "gate", task.replica, phase, step, layer, rank)
             if tokens.logits is None:
                 for tally in tallies:
@@ -194,10 +198,8 @@ def _in_parts(tally: Tally, tokens: Tokens, rng: Draw, decide: Decide) -> list[C
 
 
 def _recorded_affinity(tokens: Tokens, chosen: list[Choices]) -> tuple[float, float]:
-    """Recorded gate weights that capacity let through, and all of them; without weights every choice weighs the same."""
-    ids = tokens.topk_ids
-    weights = np.ones(ids.shape) if ids is not None and tokens.topk_weights is None else tokens.topk_weights
-    assert weights is not None
+    """Recorded affinity that capacity let through, and all of it."""
+    weights = recorded_affinity(tokens)
     kept = np.concatenate([choices.kept for choices in chosen]) >= 0
     return float(weights[kept].sum(dtype=np.float64)), float(weights.sum(dtype=np.float64))
 

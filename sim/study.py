@@ -21,7 +21,7 @@ from sim.engine.training import Work, build_plan
 from sim.estimate import Estimate, TooBig, estimate
 from sim.exchange import Exchange
 from sim.results import Result, summarise
-from sim.rollout import Task, shape_of
+from sim.rollout import LAYERS_PER_TASK, Task, shape_of
 from sim.scenario import Scenario, load
 from sim.tables import tabulate
 from sim.tally import Counts
@@ -29,7 +29,6 @@ from sim.traffic import TrafficShape
 
 A = TypeVar("A")
 B = TypeVar("B")
-LAYERS_PER_TASK = 4
 # Starting a worker process costs about a second, so small runs stay in this one.
 WORTH_A_PROCESS_S = 4.0
 

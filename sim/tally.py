@@ -27,9 +27,9 @@ class Counts:
     """What one policy did in one layer over all steps (S steps, E experts).
 
     expert_tokens: [S, E] int64 kept pairs of token and expert. asked: [S] int64 pairs before capacity; asked_max_vio: [S]
-    MaxVio of those. kept_affinity: [S] natural affinity of the kept choices over that of the unrestricted top-k. By measured step: exchanges (one
-    `Exchange` per micro-batch), topic_tokens ([topics, E] int64 kept), topic_asked ([topics] int64), scopes (mean MaxVio
-    over the groups of a scope). oracle_kept_affinity: bound on what any perfectly balanced choice could keep, on a sample of
+    MaxVio of those. kept_affinity: [S] natural affinity of the kept choices over that of the unrestricted top-k. By
+    measured step: exchanges (one `Exchange` per micro-batch), topic_tokens ([topics, E] int64 kept), topic_asked
+    ([topics] int64), scopes (mean MaxVio over the groups of a scope). oracle_kept_affinity: bound on what any perfectly balanced choice could keep, on a sample of
     the last step. state: final balancing state. offset_rms: of the logit offsets that balancing learned.
     """
 
@@ -146,15 +146,14 @@ class Tally:
         if self.n_topics > 1:
             self.topic_kept += by_group(tokens.topic[rows], kept, self.n_topics, self.experts)
         if tokens.sequence is not None:
-            found, sequence = np.unique(tokens.sequence[rows], return_inverse=True)  # in mixed order they are no run
-            counts = by_group(sequence.astype(np.int32), kept, len(found), self.experts)
-            self.per_sequence.append((len(kept), max_vio(counts)))
+            sequence = tokens.sequence[rows] - tokens.sequence[rows].min()
+            there = np.bincount(sequence) > 0  # in mixed order a part need not hold all numbers between
+            self.per_sequence.append((len(kept), max_vio(by_group(sequence, kept, len(there), self.experts)[there])))
 
     def _sample(self, part: int, tokens: Tokens, rows: slice, choices: Choices, router: Router) -> None:
         n = len(choices.asked)
         chosen = spread(n, max(1, SAMPLE_TOKENS // (self.sampled_ranks * self.micro_batches)))
         at = rows.start + chosen
-        sequence = np.zeros(n, np.int32) if tokens.sequence is None else tokens.sequence[rows]
         self.samples.append(
             Sample(
                 part,
@@ -163,7 +162,7 @@ class Tally:
                 router.scores[at],
                 choices.asked[chosen],
                 tokens.topic[at],
-                sequence[chosen],
+                tokens.sequences[at],
                 self.gate.score,
             )
         )

@@ -42,6 +42,11 @@ class Tokens:
     def n_tokens(self) -> int:
         return len(self.topic)
 
+    @property
+    def sequences(self) -> I32:
+        """``sequence``, or zeros."""
+        return np.zeros(self.n_tokens, dtype=np.int32) if self.sequence is None else self.sequence
+
 
 @dataclass(frozen=True, slots=True)
 class Routing:

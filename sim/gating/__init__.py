@@ -25,7 +25,7 @@ from sim.model import Model
 from sim.plugin import Choice, make
 from sim.tokens import F32, F64, I16, I32, Routing, Tokens
 
-__all__ = ["Choices", "Gate", "GateShape", "Gating", "Router"]
+__all__ = ["Choices", "Gate", "GateShape", "Gating", "Router", "recorded_affinity"]
 
 
 def _as_list(value: Any) -> Any:
@@ -240,7 +240,7 @@ class Gate:
             return asked
         affinity = self.kernels.picked(scores, asked)
         weight = self.weights(scores, asked if considered is None else considered)
-        sequence = _sequence(tokens, len(asked))
+        sequence = np.zeros(len(asked), np.int32) if tokens is None else tokens.sequences
         in_line = considered if self.select.dismissed_take_places else None
         lot = None if tokens is None else tokens.lot
         return self.capacity.keep(
@@ -254,14 +254,12 @@ class Gate:
             raise ValueError("tokens carry neither logits nor recorded choices")
         if isinstance(self.capacity, NoCapacity):
             return Choices(asked, asked)
-        weights = tokens.topk_weights
-        affinity = np.ones(asked.shape, np.float32) if weights is None else weights
-        sequence = _sequence(tokens, len(asked))
+        affinity = recorded_affinity(tokens)
         # Recorders store a token's experts in any order; what ranks choices needs the best first.
         order = np.argsort(-affinity, axis=1, kind="stable")
         best_first, by = np.take_along_axis(asked, order, axis=1), np.take_along_axis(affinity, order, axis=1)
         sorted_kept = self.capacity.keep(
-            Asked(best_first, by, sequence, self.n_routed_experts, rng, self.k, lot=tokens.lot)
+            Asked(best_first, by, tokens.sequences, self.n_routed_experts, rng, self.k, lot=tokens.lot)
         )
         kept = np.empty_like(asked)
         np.put_along_axis(kept, order, sorted_kept, axis=1)
@@ -325,7 +323,10 @@ def _moved(logits: F32, offset: F32 | None, topic: I32) -> F32:
     return moved
 
 
-def _sequence(tokens: Tokens | None, n_tokens: int) -> I32:
-    if tokens is None or tokens.sequence is None:
-        return np.zeros(n_tokens, dtype=np.int32)
-    return tokens.sequence
+def recorded_affinity(tokens: Tokens) -> F32:
+    """Return the recorded gate weights [T, k] float32, or ones: without weights every choice weighs the same."""
+    if tokens.topk_ids is None:
+        raise ValueError("tokens carry neither logits nor recorded choices")
+    if tokens.topk_weights is None:
+        return np.ones(tokens.topk_ids.shape, dtype=np.float32)
+    return tokens.topk_weights

@@ -73,8 +73,8 @@ def balanced_share(scores: F32, k: int, kernels: Kernels) -> float:
     batch of which ``scores`` [T, E] float32 is a sample.
 
     Prices are found on every other token and judged on those between: a sample balanced by itself would be asked to even
-    out its own chance as well, which the batch does not have. 2 x 2048 tokens, top-8 of 256 sigmoid scores, give the bound of
-    32k tokens to 0.0003; for top-1 and top-2 of softmax scores it is up to 0.012 too high and varies by 0.005.
+    out its own chance as well, which the batch does not have. 2 x 2048 tokens, top-8 of 256 sigmoid scores, give the
+    bound of 32k tokens to 0.0003; for top-1 and top-2 of softmax scores it is up to 0.012 too high and varies by 0.005.
 
     >>> from sim.kernels import plain
     >>> balanced_share(np.tile(np.array([[3.0, 1.0], [2.0, 1.5]], np.float32).repeat(2, axis=0), (9, 1)), 1, plain)
@@ -89,6 +89,7 @@ def balanced_share(scores: F32, k: int, kernels: Kernels) -> float:
 def balanced_assignment(scores: F32, k: int, kernels: Kernels, loads: I64 | None = None) -> I16:
     """Return [T, k] int16 expert ids, best first, of an optimal assignment with ``loads`` [E] (by default even ones).
 
+    Optimal to within 1e-5 of the scores' range per pair, by which ties are broken.
     scores: [T, E] float32 finite. Raises ValueError if the loads do not sum to T x k or an expert's exceeds T.
     """
     n_tokens, n_experts = scores.shape

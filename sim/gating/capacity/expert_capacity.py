@@ -22,8 +22,9 @@ class ExpertCapacity(Capacity):
 
     drop_policy: who gets the places. ``probs``: the choices with the highest gate weight; ``position``: all first choices
     before any second choice, and among equals the earlier token (Switch, GShard); ``batch_prioritized``: as ``position``,
-    tokens in the order of their best affinity. (Megatron-LM's own ``position`` does not ask for the rank of a choice.) min_capacity: at least this many. pad_to_capacity: experts compute all their
-    places, used or not (static shapes); the exchange still carries real tokens only.
+    tokens in the order of their best affinity. (Megatron-LM's own ``position`` does not ask for the rank of a choice.)
+    min_capacity: at least this many. pad_to_capacity: experts compute all their places, used or not (static shapes); the
+    exchange still carries real tokens only.
 
     Three tokens want expert 0, which has ceil(3 x 1 / 2 x 1.0) = 2 places:
 
