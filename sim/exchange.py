@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,6 +58,8 @@ def is_token_in_rank(topk_ids: I16, expert_rank: I32, ep_size: int) -> Bool:
 class Exchange:
     """The tokens of one MoE layer and micro-batch, for a whole EP group (P ranks, N nodes, E experts); int64.
 
+    `stack` puts many of them behind one another; arrays then have a leading axis.
+
     rank_tokens: [P, P], row s: ``num_tokens_per_rank`` of source s. node_tokens: [P, N]. expert_tokens: [P, E].
     expert_rank: [E] int32. copies: [P, 2], the row sums of rank_tokens and node_tokens counted by another algorithm, so
     that `sim.conservation` can tell a lost copy; None if unknown. computed_tokens: [P, E] rows that the experts compute,
@@ -73,10 +76,40 @@ class Exchange:
     @property
     def pairs(self) -> I64:
         """[P, P] (token, expert) pairs from source s to rank d: what low-latency mode sends."""
-        n_ranks = len(self.rank_tokens)
+        n_ranks = self.rank_tokens.shape[-1]
         order = np.argsort(self.expert_rank, kind="stable")
         starts = np.searchsorted(self.expert_rank[order], np.arange(n_ranks))
-        return np.add.reduceat(self.expert_tokens[:, order], starts, axis=1)
+        return np.add.reduceat(self.expert_tokens[..., order], starts, axis=-1)
+
+    @property
+    def rows(self) -> I64:
+        """[E] rows that the experts compute, padding included."""
+        computed = self.expert_tokens if self.computed_tokens is None else self.computed_tokens
+        total: I64 = computed.sum(axis=-2)
+        return total
+
+    @classmethod
+    def stack(cls, exchanges: Sequence[Exchange]) -> Exchange:
+        """Put the exchanges of one layer, alike in their placement, behind one another."""
+        return cls(
+            np.stack([e.rank_tokens for e in exchanges]),
+            np.stack([e.node_tokens for e in exchanges]),
+            np.stack([e.expert_tokens for e in exchanges]),
+            exchanges[0].expert_rank,
+            computed_tokens=None
+            if exchanges[0].computed_tokens is None
+            else np.stack([e.computed_tokens for e in exchanges if e.computed_tokens is not None]),
+        )
+
+    @classmethod
+    def sum(cls, exchanges: Sequence[Exchange]) -> Exchange:
+        """Add up the exchanges of one layer, alike in their placement: what a step moved in all."""
+        return cls(
+            sum(e.rank_tokens for e in exchanges),  # type: ignore[arg-type]
+            sum(e.node_tokens for e in exchanges),  # type: ignore[arg-type]
+            sum(e.expert_tokens for e in exchanges),  # type: ignore[arg-type]
+            exchanges[0].expert_rank,
+        )
 
     def sent(self, mode: Literal["normal", "low_latency"]) -> I64:
         """[P, P] copies that leave s for d: one per token in ``normal`` mode, one per expert in ``low_latency``."""
@@ -89,6 +122,21 @@ class Exchange:
             remote = node[:, None] != np.arange(self.node_tokens.shape[1])
             return int(self.node_tokens[remote].sum())
         return int(self.pairs[node[:, None] != node[None, :]].sum())
+
+
+def by_rank(per_expert: I64, expert_rank: I32, n_ranks: int) -> I64:
+    """Return [..., P, e]: each rank's values of ``per_expert`` [..., E], zeros after them where a rank holds fewer than e.
+
+    >>> by_rank(np.array([5, 7, 9]), np.array([1, 0, 1], dtype=np.int32), 2).tolist()
+    [[7, 0], [5, 9]]
+    """
+    held = np.bincount(expert_rank, minlength=n_ranks)
+    order = np.argsort(expert_rank, kind="stable")
+    table = np.full((n_ranks, int(held.max())), len(expert_rank))  # the index one past the end reads a zero
+    table[expert_rank[order], np.arange(len(order)) - (np.cumsum(held) - held)[expert_rank[order]]] = order
+    padded = np.concatenate([per_expert, np.zeros_like(per_expert[..., :1])], axis=-1)
+    values: I64 = padded[..., table]
+    return values
 
 
 def token_bytes(hidden_size: int, dtype: Dtype) -> int:

@@ -181,16 +181,16 @@ def test_a_plan_that_bills_the_wrong_flops_is_refused(
     timed: tuple[Work, Plan, Timeline], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A layer left out of the plan, or billed twice, shows in the FLOPs."""
-    from sim.engine import training
+    from sim.engine import durations
 
     work = timed[0]
-    honest = training.Durations.experts
+    honest = durations.Durations.experts_ps
 
     def forgetful(self: Any, exchange: Exchange, backward: bool) -> Any:
         seconds = honest(self, exchange, backward)
         self.billed_expert_flops -= 1
         return seconds
 
-    monkeypatch.setattr(training.Durations, "experts", forgetful)
+    monkeypatch.setattr(durations.Durations, "experts_ps", forgetful)
     with pytest.raises(ConservationError, match="C4"):
         build_plan(work)

@@ -7,6 +7,7 @@ from math import comb
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -43,6 +44,15 @@ def device(name: str) -> Device:
     return cluster(name).device
 
 
+def evenly(pairs: npt.ArrayLike, experts: npt.ArrayLike) -> F64:
+    """Return [..., e]: ``pairs`` spread over ``experts`` local experts, whole tokens as evenly as they go."""
+    pairs, experts = np.broadcast_arrays(np.asarray(pairs, np.float64), np.asarray(experts, np.float64))
+    place = np.arange(int(experts.max()))
+    each = np.floor(pairs / experts)
+    spread = each[..., None] + (place < (pairs - each * experts)[..., None])
+    return np.where(place < experts[..., None], spread, 0.0)
+
+
 def ms(seconds: F64) -> float:
     return float(seconds) * 1e3
 
@@ -62,8 +72,7 @@ def test_h100_grouped_gemm_against_the_measured_table(shared: Path) -> None:
     rows = rows[(rows.moe_dtype == "fp8_block") & (rows.distribution == "balanced") & (rows.moe_tp_size == 1)]
     assert len(rows) == 243
     tokens, ep = rows.num_tokens.to_numpy(np.float64), rows.moe_ep_size.to_numpy(np.float64)
-    pairs = tokens * 8 / ep
-    work = {"pairs": pairs, "active_experts": np.minimum(256 / ep, pairs), "ep_tokens": tokens}
+    work = {"expert_tokens": evenly(tokens * 8 / ep, 256 / ep), "ep_tokens": tokens}
     seconds = Calibrated().grouped_gemm_s(device("h100"), dtype="fp8", **work, **V3)
     measured = rows.latency_ms.to_numpy() / 1e3
     assert np.abs(seconds / measured - 1).mean() <= 0.05
@@ -77,7 +86,7 @@ def test_h100_grouped_gemm_against_the_measured_table(shared: Path) -> None:
 def test_v3_training_trace_on_h800() -> None:
     """Per MoE layer, 4,096 tokens a rank, balanced, EP64, 112 of 132 SMs: the classes of published trace times."""
     cost, h800 = Calibrated(), device("h800")
-    routed = {"pairs": 32768, "active_experts": 4, "ep_tokens": 32768, "dtype": "fp8", "sm_fraction": TRACE}
+    routed = {"expert_tokens": np.full(4, 8192), "ep_tokens": 32768, "dtype": "fp8", "sm_fraction": TRACE}
     forward = ms(cost.grouped_gemm_s(h800, **routed, **V3))
     dgrad, wgrad = (ms(cost.grouped_gemm_s(h800, **routed, **V3, part=part)) for part in ("dgrad", "wgrad"))
     dense = {"tokens": 4096, "flops_per_token": 2 * 233e6, "weight_bytes": 233e6, "activation_bytes_per_token": 0}
@@ -103,8 +112,7 @@ def test_decode_time_follows_active_experts() -> None:
     active = np.array([8, 16, 32, 64, 128])
     seconds = Calibrated().grouped_gemm_s(
         device("h100"),
-        pairs=512,
-        active_experts=active,
+        expert_tokens=evenly(512, active),
         ep_tokens=64,
         hidden_size=2048,
         moe_intermediate_size=768,
@@ -132,8 +140,8 @@ def test_constants_transfer_by_the_data_sheet_ratio() -> None:
 @pytest.mark.parametrize("name", ["h100", "b200", "a100", "mi300x"])
 def test_compute_laws(cost: ComputeCost, name: str) -> None:
     dev = device(name)
-    pairs = np.array([[0.0, 1.0], [100.0, 1e6]])
-    work = {"pairs": pairs, "active_experts": np.minimum(pairs, 4), "ep_tokens": 0, "dtype": "bf16"} | V3
+    tokens = evenly(np.array([[0.0, 1.0], [100.0, 1e6]]), 4)
+    work = {"expert_tokens": tokens, "ep_tokens": 0, "dtype": "bf16"} | V3
     for part in ("forward", "dgrad", "wgrad"):
         full = cost.grouped_gemm_s(dev, **work, part=part)
         assert full.shape == (2, 2) and full.dtype == np.float64
@@ -155,7 +163,7 @@ def test_compute_laws(cost: ComputeCost, name: str) -> None:
 def test_unknown_format_is_refused() -> None:
     for cost in (Calibrated(), Roofline()):
         with pytest.raises(ValueError, match="A100 SXM has no fp8"):
-            cost.grouped_gemm_s(device("a100"), pairs=1, active_experts=1, ep_tokens=1, dtype="fp8", **V3)
+            cost.grouped_gemm_s(device("a100"), expert_tokens=[1], ep_tokens=1, dtype="fp8", **V3)
 
 
 def test_roofline_ridge_is_exact() -> None:

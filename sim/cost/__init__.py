@@ -38,8 +38,7 @@ class ComputeCost(Plugin):
         self,
         device: Device,
         *,
-        pairs: npt.ArrayLike,
-        active_experts: npt.ArrayLike,
+        expert_tokens: npt.ArrayLike,
         ep_tokens: npt.ArrayLike,
         hidden_size: int,
         moe_intermediate_size: int,
@@ -49,9 +48,11 @@ class ComputeCost(Plugin):
     ) -> F64:
         """Return the time of a rank's routed experts in one layer: gate, up and down projection.
 
-        pairs: routed (token, expert) pairs on the rank. active_experts: its distinct experts with at least one token;
-        small batches take as long as reading these. ep_tokens: tokens in the buffer that the kernel walks: those of the
-        whole EP group where every rank sees all tokens (all-gather), those received under DeepEP.
+        expert_tokens: [..., e], the tokens of each of the rank's experts, zero where none; order does not matter, and
+        zeros may be appended where ranks hold different numbers. Result: [...]. Small batches take as long as reading
+        the experts that have tokens, and the rows of each are padded to the kernel's tile.
+        ep_tokens: tokens in the buffer that the kernel walks: those of the whole EP group where every rank sees all
+        tokens (all-gather), those received under DeepEP.
         part: one forward, activation-gradient (dgrad) or weight-gradient (wgrad) pass; each has the forward's FLOPs, so
         a backward is dgrad + wgrad.
         """

@@ -72,8 +72,7 @@ class Calibrated(ComputeCost):
         self,
         device: Device,
         *,
-        pairs: npt.ArrayLike,
-        active_experts: npt.ArrayLike,
+        expert_tokens: npt.ArrayLike,
         ep_tokens: npt.ArrayLike,
         hidden_size: int,
         moe_intermediate_size: int,
@@ -85,7 +84,7 @@ class Calibrated(ComputeCost):
         rate = fit.flops_per_s
         if part == "wgrad":
             rate = fit.wgrad_flops_per_s or WGRAD_RATIO * fit.flops_per_s
-        flops, moved = expert_work(pairs, active_experts, hidden_size, moe_intermediate_size, dtype, part)
+        flops, moved = expert_work(expert_tokens, hidden_size, moe_intermediate_size, dtype, part)
         compute, memory = flops / (rate * sm_share(sm_fraction)), moved / fit.bandwidth_bytes_per_s
         # The p-norm is taken relative to the larger term so that no power underflows.
         high, low = np.maximum(compute, memory), np.minimum(compute, memory)

@@ -28,8 +28,7 @@ def sm_share(sm_fraction: npt.ArrayLike) -> F64:
 
 
 def expert_work(
-    pairs: npt.ArrayLike,
-    active_experts: npt.ArrayLike,
+    expert_tokens: npt.ArrayLike,
     hidden_size: int,
     moe_intermediate_size: int,
     dtype: Dtype,
@@ -38,9 +37,11 @@ def expert_work(
     """Return ``(FLOPs, HBM bytes)`` of one pass over a rank's routed experts.
 
     FLOPs 6 N h m: three matrices, two FLOPs per weight and pair. Bytes: the active experts' weights once (wgrad:
-    read and write of fp32 gradients instead), a pair's input in ``dtype`` and its output in bf16.
+    read and write of fp32 gradients instead), a pair's input in ``dtype`` and its output in bf16. expert_tokens
+    [..., e] as in `ComputeCost.grouped_gemm_s`; both results [...].
     """
-    n, experts = f64(pairs), f64(active_experts)
+    tokens = f64(expert_tokens)
+    n, experts = tokens.sum(axis=-1), np.count_nonzero(tokens, axis=-1)
     weight = 8.0 if part == "wgrad" else BYTES_PER_ELEMENT[dtype]
     moved = 3 * experts * hidden_size * moe_intermediate_size * weight
     return 6 * n * hidden_size * moe_intermediate_size, moved + n * hidden_size * (BYTES_PER_ELEMENT[dtype] + 2)
@@ -62,8 +63,7 @@ class Roofline(ComputeCost):
         self,
         device: Device,
         *,
-        pairs: npt.ArrayLike,
-        active_experts: npt.ArrayLike,
+        expert_tokens: npt.ArrayLike,
         ep_tokens: npt.ArrayLike,
         hidden_size: int,
         moe_intermediate_size: int,
@@ -71,7 +71,7 @@ class Roofline(ComputeCost):
         sm_fraction: npt.ArrayLike = 1.0,
         part: Part = "forward",
     ) -> F64:
-        flops, moved = expert_work(pairs, active_experts, hidden_size, moe_intermediate_size, dtype, part)
+        flops, moved = expert_work(expert_tokens, hidden_size, moe_intermediate_size, dtype, part)
         return self._bound(device, flops, moved, dtype, sm_fraction)
 
     def gemm_s(

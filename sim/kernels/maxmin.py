@@ -1,0 +1,114 @@
+"""Numba version of `sim.cost.maxmin`'s two loops, with the bits of the NumPy one. Import loads Numba."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+
+@njit(cache=True, nogil=True)
+def fill(links, start, members, residual, crossing, pending, rates):  # type: ignore[no-untyped-def]
+    """As `sim.cost.maxmin.fill_plain`."""
+    n_links, width = len(residual), links.shape[1]
+    taken = np.zeros(n_links, dtype=np.int64)
+    share = np.empty(n_links, dtype=np.float64)
+    for link in range(n_links):
+        share[link] = residual[link] / crossing[link] if crossing[link] > 0 else np.inf
+    while True:
+        best, tight = np.inf, -1
+        for link in range(n_links):
+            if share[link] < best:
+                best, tight = share[link], link
+        if tight < 0:
+            break
+        for i in range(start[tight], start[tight + 1]):
+            flow = members[i]
+            if pending[flow]:
+                pending[flow] = False
+                rates[flow] = best
+                for h in range(width):
+                    if links[flow, h] >= 0:
+                        taken[links[flow, h]] += 1
+        for link in range(n_links):
+            if taken[link] > 0:
+                residual[link] -= best * taken[link]
+                crossing[link] -= taken[link]
+                taken[link] = 0
+                share[link] = residual[link] / crossing[link] if crossing[link] > 0 else np.inf
+    for flow in range(len(rates)):
+        if pending[flow]:
+            pending[flow] = False
+            rates[flow] = np.inf
+
+
+@njit(cache=True, nogil=True)
+def drain(links, start, members, capacity, left, begin, order, slack, finish):  # type: ignore[no-untyped-def]
+    """As `sim.cost.maxmin.drain_plain`."""
+    n_flows, width = links.shape
+    n_links = len(capacity)
+    running = np.zeros(n_flows, dtype=np.bool_)
+    pending = np.zeros(n_flows, dtype=np.bool_)
+    rates = np.zeros(n_flows, dtype=np.float64)
+    since = np.zeros(n_flows, dtype=np.float64)
+    residual = np.empty(n_links, dtype=np.float64)
+    crossing = np.empty(n_links, dtype=np.int64)
+    kept = np.empty(n_links, dtype=np.float64)
+    now, arrived, n_running, solves = 0.0, 0, 0, 0
+    floor = 0.0
+    while True:
+        if n_running == 0:
+            if arrived == n_flows:
+                break
+            now = begin[order[arrived]]
+            floor = 0.0
+        while arrived < n_flows and begin[order[arrived]] <= now:
+            flow = order[arrived]
+            running[flow] = True
+            since[flow] = now
+            rates[flow] = np.inf
+            n_running += 1
+            arrived += 1
+            floor = 0.0
+        for link in range(n_links):
+            kept[link] = 0.0
+            crossing[link] = 0
+        latest = -np.inf
+        for flow in range(n_flows):
+            if running[flow]:
+                latest = max(latest, begin[flow])
+                if rates[flow] >= floor:
+                    pending[flow] = True
+                    if since[flow] < now:
+                        left[flow] -= rates[flow] * (now - since[flow])
+                        since[flow] = now
+                    for h in range(width):
+                        if links[flow, h] >= 0:
+                            crossing[links[flow, h]] += 1
+                else:
+                    for h in range(width):
+                        if links[flow, h] >= 0:
+                            kept[links[flow, h]] += rates[flow]
+        for link in range(n_links):
+            residual[link] = capacity[link] - kept[link]
+        first = np.inf
+        fill(links, start, members, residual, crossing, pending, rates)
+        solves += 1
+        for flow in range(n_flows):
+            if running[flow]:
+                if since[flow] == now:
+                    finish[flow] = now + left[flow] / rates[flow]
+                if finish[flow] < first:
+                    first = finish[flow]
+        coming = begin[order[arrived]] if arrived < n_flows else np.inf
+        if coming < first:
+            now, floor = coming, 0.0
+            continue
+        limit = min(first + slack * (first - latest), coming)
+        now, floor = first, np.inf
+        for flow in range(n_flows):
+            if running[flow] and finish[flow] <= limit:
+                running[flow] = False
+                n_running -= 1
+                floor = min(floor, rates[flow])
+                now = max(now, finish[flow])
+    return solves
