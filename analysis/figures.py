@@ -40,6 +40,14 @@ PARTS = {
     "exposed_communication_s": "exposed communication",
     "waiting_s": "waiting",
 }
+PIPELINE_PARTS = {
+    "forward_s": "forward",
+    "overlapped_s": "forward and backward",
+    "backward_s": "backward",
+    "weight_gradients_s": "weight gradients",
+    "bubble_s": "bubble",
+    "optimizer_s": "optimizer",
+}
 MARKERS = "osD^vPX<>*"
 # Up to this many steps, intervals are bars beside each other; above, bands.
 FEW_STEPS = 12
@@ -335,24 +343,27 @@ def max_vio_over_steps(result: Result, ax: Axes | None = None) -> Figure:
 
 
 def step_breakdown(result: Result, ax: Axes | None = None) -> Figure:
-    """Stack where a step's time goes per policy, mean over devices; the figure at the end is the whole step.
+    """Stack where a step's time goes per policy, mean over devices (in a pipeline, over its ranks); the figure at the end
+    is the whole step.
 
     Raises KeyError if the steps lack a column, and ValueError if no step was timed.
     """
     steps = result.steps
-    _need(steps, "steps", ("policy", "step_time_s", *PARTS))
+    pipelined = result.scenario.pipelined
+    parts, scale, unit = (PIPELINE_PARTS, 1.0, "s") if pipelined else (PARTS, 1e3, "ms")
+    _need(steps, "steps", ("policy", "step_time_s", *parts))
     timed = steps[steps.step_time_s.notna()]
     if timed.empty:
         raise ValueError("no step of this result was timed (steps.timed: none)")
     names = _policies(result)
     labels = [_wrapped(name, 30) for name in names]
-    mean = timed.groupby("policy")[list(PARTS)].mean().reindex(names).astype(float) * 1e3
-    half = _metric(result, "step_time_s")["half_width"].to_numpy(float) * 1e3
+    mean = timed.groupby("policy")[list(parts)].mean().reindex(names).astype(float) * scale
+    half = _metric(result, "step_time_s")["half_width"].to_numpy(float) * scale
     rows = np.arange(len(names))[::-1]
     with plt.rc_context(STYLE):
         figure, axis = _canvas(ax, 1.0 + _row_in(labels) * len(names))
         left = np.zeros(len(names))
-        for (part, label), colour in zip(PARTS.items(), _colours(len(PARTS)), strict=True):
+        for (part, label), colour in zip(parts.items(), _colours(len(parts)), strict=True):
             width = mean[part].to_numpy()
             axis.barh(rows, width, left=left, label=label, color=colour, height=0.7, edgecolor="white", linewidth=0.4)
             left = left + width
@@ -368,10 +379,10 @@ def step_breakdown(result: Result, ax: Axes | None = None) -> Figure:
         axis.set_yticks(rows, labels)
         axis.set_ylim(-0.6, len(names) - 0.4)
         axis.tick_params(axis="y", length=0)
-        axis.set_xlabel("step time [ms]")
+        axis.set_xlabel(f"step time [{unit}]")
         axis.set_xlim(0, 1.15 * float(np.nanmax(left + np.nan_to_num(half))))
         if ax is None:
-            figure.legend(loc="outside upper center", ncols=len(PARTS), frameon=False, fontsize=8, columnspacing=1.0)
+            figure.legend(loc="outside upper center", ncols=len(parts), frameon=False, fontsize=8, columnspacing=1.0)
         else:
             axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=8, columnspacing=1.0)
     return _finished(figure, ax)

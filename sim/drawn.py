@@ -29,6 +29,7 @@ class DrawnTally(Tally):
         super().__init__(scenario, index, replica, layer, kernels)
         self.pilots_once = scenario.pilots_once(self.policy)
         self.pilot_ranks, self.group_ranks = scenario.steps.pilot_ranks, scenario.parallel.ep_size
+        self.pilot_parts = scenario.schedule.micro_batches * scenario.pilot_tokens // scenario.tokens_per_rank
         self.stream = partial(stream, scenario.seed, "counts", replica)
         self.piloting = False
 
@@ -37,7 +38,7 @@ class DrawnTally(Tally):
         return not self.pilots_once
 
     def reset(self, n_ranks: int, *, measure: bool, warming_up: bool = False) -> None:
-        super().reset(n_ranks, measure=measure)
+        super().reset(n_ranks, measure=measure, warming_up=warming_up)
         self.piloting = not (warming_up or self.pilots_once)
         if self.piloting:
             self.found: list[tuple[Cut, I32]] = []
@@ -45,7 +46,8 @@ class DrawnTally(Tally):
 
     def begin_pilot(self) -> None:
         """Expect the tokens of the one pilot of a gate that stands still."""
-        super().reset(self.pilot_ranks, measure=False)
+        self.micro_batches = self.pilot_parts
+        self._reset(self.pilot_ranks, measure=False)
         self.piloting, self.found = True, []
         self.topic_kept: I64 = np.zeros((self.n_topics, self.experts), dtype=np.int64)
         self.per_sequence: list[tuple[int, F64]] = []
@@ -54,6 +56,7 @@ class DrawnTally(Tally):
         """Keep what the pilot showed for all steps."""
         self.cut, self.blocks = joined(self.found, self.micro_batches)
         self.piloting, self.found = False, []
+        self.micro_batches = self.parts
         if self.per_sequence:  # one entry instead of one per rank: every step reads them
             lengths, values = zip(*self.per_sequence, strict=True)
             self.per_sequence = [(sum(lengths), np.concatenate(values))]

@@ -21,6 +21,8 @@ _EVENT_S = 8e-6
 # A step at count level, per policy and layer, and per count of it (experts, ranks, nodes of every source): drawn, kept.
 _DRAW_S, _DRAWN_S, _KEPT_S = 0.1e-3, 2e-9, 10e-9
 # Building the network of one timed step: per device of the cluster, and per pair of ranks of the group.
+# A pipelined step: per MoE layer, micro-batch and pair of ranks.
+_CHUNK_S = 0.2e-6
 _DEVICE_BYTES, _PAIR_BYTES = 1300.0, 150.0
 _DEVICE_S, _PAIR_S = 8.5e-6, 2.7e-6
 
@@ -56,7 +58,12 @@ class Estimate:
 
 
 def events_per_step(scenario: Scenario) -> int:
-    """Completions of operations in one timed step, over all policies."""
+    """Completions of operations in one timed step, over all policies; in a pipeline those of chunks."""
+    if scenario.pipelined:
+        return sum(
+            3 * parallel.pp_size * parallel.ep_groups * scenario.schedule.micro_batches
+            for parallel in map(scenario.parallel_of, scenario.policies)
+        )
     passes = 2 if scenario.schedule.phase == "training" else 1
     total = 0
     for policy in scenario.policies:
@@ -114,8 +121,13 @@ def estimate(scenario: Scenario) -> Estimate:
         models[key] = max(models.get(key, 0.0), per_policy * _SHARED_S[compiled] * width)
         domain = scenario.cluster.topology.domain(scenario.cluster)
         per_exchange = 8.0 * ranks * (ranks + ranks / domain + model.n_routed_experts)
-        kept = len(measured_steps(scenario)) * scenario.replicas * scenario.schedule.micro_batches
-        memory += per_exchange * model.n_moe_layers * kept
+        kept = len(measured_steps(scenario)) * scenario.parts
+        if scenario.pipelined:  # of each task's layers only, and once more to stack them
+            stages = scenario.schedule.pipeline.copies * -(-model.n_moe_layers // scenario.parallel_of(policy).pp_size)
+            memory += 2 * per_exchange * (stages + 1) * kept
+            seconds += model.n_moe_layers * scenario.parts * scenario.replicas * _CHUNK_S * ranks**2
+        else:
+            memory += per_exchange * model.n_moe_layers * kept * scenario.replicas
         if scenario.steps.resolution == "count":
             one, pilot = _drawn(scenario, policy)
             seconds, memory = seconds + one, memory + pilot
@@ -126,6 +138,8 @@ def estimate(scenario: Scenario) -> Estimate:
     seconds += sum(models.values())
     widest = max((scenario.model_of(p).n_routed_experts for p in scenario.policies), default=0)
     learns = any(policy.learns for policy in scenario.policies)
+    if scenario.steps.resolution == "count" and all(scenario.pilots_once(policy) for policy in scenario.policies):
+        tokens = scenario.pilot_tokens
     most = max(tokens, warmup.tokens_per_rank if learns and warmup.steps else 0)
     memory += 4.0 * most * (6 * widest + ranks * 160)
     return Estimate(work, events, memory, seconds, _reason(scenario, events, memory, seconds))
@@ -135,15 +149,17 @@ def _drawn(scenario: Scenario, policy: Policy) -> tuple[float, float]:
     """Seconds of drawing one policy's counts, and bytes of the pilots that a task holds at a time."""
     model, steps, ranks = scenario.model_of(policy), scenario.steps, scenario.parallel.ep_size
     width = model.n_routed_experts + ranks + ranks / scenario.cluster.topology.domain(scenario.cluster)
-    counts = scenario.schedule.micro_batches * ranks * width
+    counts = scenario.parts * ranks * width
     each = steps.count * (_DRAW_S + _DRAWN_S * counts) + len(measured_steps(scenario)) * _KEPT_S * counts
     once = scenario.pilots_once(policy)
     pilot_ranks = steps.pilot_ranks if once else min(ranks, steps.pilot_ranks)
+    pilot_parts = scenario.schedule.micro_batches * (scenario.pilot_tokens if once else scenario.group_tokens)
+    pilot_parts //= scenario.tokens_per_rank
     blocks = 4.0 * BLOCKS_PER_PART * width + (16.0 * model.n_routed_experts if once else 0.0)
     layers = min(model.n_moe_layers, LAYERS_PER_TASK)
     return (
         each * model.n_moe_layers * scenario.replicas,
-        pilot_ranks * scenario.schedule.micro_batches * blocks * layers,
+        pilot_ranks * pilot_parts * blocks * layers,
     )
 
 

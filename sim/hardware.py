@@ -33,31 +33,78 @@ class PeakFlops(_Spec):
 
 
 class GroupedGemm(_Spec):
-    """Measured constants of the grouped GEMMs of one MoE layer: t = a + F/P + W/B + T*h*2/C (see `sim.cost`).
+    """Measured constants of the grouped GEMMs of one MoE layer (see `sim.cost.grouped_gemm`).
 
-    overhead_s: a. flops_per_s: P, forward and dgrad, all SMs. bandwidth_bytes_per_s: B.
+    overhead_s: a. flops_per_s: P, forward and dgrad, all SMs. bandwidth_bytes_per_s: B, reading weights.
+    pair_bytes_per_s: D, what the pairs move; None for products timed alone: their inputs and outputs then go at B.
     token_bytes_per_s: C, or None for kernels that never walk the tokens of other ranks.
     wgrad_flops_per_s: P of the weight gradient; None uses the ratio measured on H800.
-    norm: F/P and W/B combine as a p-norm; 1 is their sum, larger means better overlap.
+    norm: compute and weights combine as a p-norm; 1 is their sum, larger means better overlap.
+    tile_rows: M tile to which an expert's rows are rounded up; 1: not at all.
     """
 
     overhead_s: Seconds
     flops_per_s: FlopsPerSecond
     bandwidth_bytes_per_s: BytesPerSecond
+    pair_bytes_per_s: BytesPerSecond | None = None
     token_bytes_per_s: BytesPerSecond | None = None
     wgrad_flops_per_s: FlopsPerSecond | None = None
+    norm: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
+    tile_rows: Annotated[int, Field(gt=0)] = 1
+    source: str
+
+
+class DenseGemm(_Spec):
+    """Measured constants of one dense GEMM: t = a + ((T_c)^norm + (W/B)^norm)^(1/norm) (see `sim.cost.dense_gemm`).
+
+    overhead_s: a. tile_overhead_s, step_s: prologue of an output tile and latency per element of its inner dimension.
+    flops_per_s: P, forward and dgrad, all SMs. wgrad_flops_per_s: P of the weight gradient, None: as forward.
+    bandwidth_bytes_per_s: B. quantise_bytes_per_s: of the kernel that brings a bf16 input into the format, None: B.
+    """
+
+    overhead_s: Seconds
+    tile_overhead_s: Seconds
+    step_s: Seconds
+    flops_per_s: FlopsPerSecond
+    wgrad_flops_per_s: FlopsPerSecond | None = None
+    bandwidth_bytes_per_s: BytesPerSecond
+    quantise_bytes_per_s: BytesPerSecond | None = None
     norm: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
     source: str
 
 
-class Efficiencies(_Spec):
-    """Fractions of the data-sheet peak or bandwidth that dense GEMM, attention and elementwise kernels reach."""
+class AttentionKernel(_Spec):
+    """Measured constants of softmax(QK^T)V: t = a + c S + ((F/P)^norm + (W/B)^norm)^(1/norm) + o U / SMs
+    (see `sim.cost.attention`).
 
-    gemm: Fraction
-    gemm_wgrad: Fraction
-    attention_forward: Fraction
-    attention_backward: Fraction
-    memory: Fraction
+    overhead_s: a. position_s: c, per position of the longest context S. unit_s: o, per work unit of an SM.
+    flops_per_s: P. bandwidth_bytes_per_s: B. padding_tokens: positions that every query (prefill) or request (decode)
+    works through besides its own.
+    """
+
+    overhead_s: Seconds
+    position_s: Seconds
+    unit_s: Seconds
+    flops_per_s: FlopsPerSecond
+    bandwidth_bytes_per_s: BytesPerSecond
+    padding_tokens: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    norm: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
+    source: str
+
+
+class TrainingAttention(_Spec):
+    """Fractions of the data-sheet peak that training attention kernels reach, forward and backward."""
+
+    forward: Fraction
+    backward: Fraction
+    source: str
+
+
+class Elementwise(_Spec):
+    """Measured constants of memory-bound kernels: launch overhead of each, and the bandwidth they reach."""
+
+    overhead_s: Seconds
+    bandwidth_bytes_per_s: BytesPerSecond
     source: str
 
 
@@ -67,7 +114,15 @@ class Kernels(_Spec):
     grouped_gemm_bf16: GroupedGemm | None = None
     grouped_gemm_fp8: GroupedGemm | None = None
     grouped_gemm_fp4: GroupedGemm | None = None
-    efficiencies: Efficiencies | None = None
+    gemm_bf16: DenseGemm | None = None
+    gemm_fp8: DenseGemm | None = None
+    gemm_fp4: DenseGemm | None = None
+    mla_prefill: AttentionKernel | None = None
+    mla_decode: AttentionKernel | None = None
+    gqa_prefill: AttentionKernel | None = None
+    gqa_decode: AttentionKernel | None = None
+    training_attention: TrainingAttention | None = None
+    elementwise: Elementwise | None = None
 
     def grouped_gemm(self, dtype: Dtype) -> GroupedGemm | None:
         """Return the constants measured for ``dtype``, or None."""
@@ -108,17 +163,26 @@ class Device(_Spec):
         return peak
 
 
+SUSTAINED: dict[str, float] = {"nvlink": 0.68, "infiniband": 0.92, "roce": 0.92}
+"""Share of the nominal rate that DeepEP's kernels sustain on the wire. NVLink: H800 EP8 134-138 of 200 GB/s
+(docs/legacy.md, the own rank's eighth taken off), H100 with 24 SMs 308 (dispatch) and 327 (combine) of 450
+(aiconfigurator-core). NIC: of 50 GB/s, H800 EP32 and EP64 43.5-44.6, H100 on 2-8 nodes 46.5-48."""
+
+
 class LinkSpec(_Spec):
     """A link class, per device and per direction.
 
-    bandwidth_bytes_per_s: nominal. achievable_bytes_per_s: what all-to-all kernels sustain; None means nominal.
-    latency_s: device to device, one way, through one switch.
+    bandwidth_bytes_per_s: nominal. achievable_bytes_per_s: what all-to-all kernels sustain; None means the share of
+    nominal that is measured on links of this kind (`SUSTAINED`), nominal where none is.
+    latency_s: device to device, one way, through one switch. multicast: the switches add up and multicast, which
+    halves what an all-reduce puts on a link (NVLink SHARP, NVLS in NCCL; from the third NVSwitch generation on).
     """
 
-    kind: Literal["nvlink", "xgmi", "pcie", "infiniband", "roce"]
+    kind: Literal["nvlink", "xgmi", "pcie", "ub", "ici", "infiniband", "roce"]
     bandwidth_bytes_per_s: BytesPerSecond
     achievable_bytes_per_s: BytesPerSecond | None = None
     latency_s: Seconds
+    multicast: bool = False
 
     @model_validator(mode="after")
     def _not_above_nominal(self) -> Self:
@@ -131,14 +195,16 @@ class LinkSpec(_Spec):
 
     @property
     def rate_bytes_per_s(self) -> float:
-        """The achievable rate, or the nominal one where none is given."""
-        return self.bandwidth_bytes_per_s if self.achievable_bytes_per_s is None else self.achievable_bytes_per_s
+        """The achievable rate: the one given, else `SUSTAINED` of nominal."""
+        if self.achievable_bytes_per_s is None:
+            return self.bandwidth_bytes_per_s * SUSTAINED.get(self.kind, 1.0)
+        return self.achievable_bytes_per_s
 
 
 class NicSpec(LinkSpec):
-    """One network card per device; ``cross_leaf_latency_s`` is device to device through leaf, spine and leaf."""
+    """A network card; ``cross_leaf_latency_s`` is device to device through leaf, spine and leaf."""
 
-    kind: Literal["infiniband", "roce"]
+    kind: Literal["infiniband", "roce", "ub"]
     cross_leaf_latency_s: Seconds
 
     @model_validator(mode="after")

@@ -155,6 +155,14 @@ class Model(Shape):
             output = heads * v_dim * hidden
         return query + key_value + output + index
 
+    @property
+    def up_projection_parameters(self) -> int:
+        """MLA's W_UQ, W_UK and W_UV, which DeepSeek-V3 recomputes in the backward (report, section 3.2.3); 0 without."""
+        if not self.kv_lora_rank:
+            return 0
+        query = (self.q_lora_rank or 0) * self._qk_dim
+        return self.num_attention_heads * (query + self.kv_lora_rank * ((self.qk_nope_head_dim or 0) + self._v_dim))
+
     def layer_parameters(self, layer: int) -> Parts:
         """Parameters of one layer by part. Raises IndexError outside 0..num_hidden_layers-1."""
         attention = self.attention_parameters * (2 if self._has_cross_attention(layer) else 1)

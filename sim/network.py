@@ -22,7 +22,9 @@ class Network:
     link_latency_s: [L] float64.
     link_kind: [L] names of the link's class (``"nvlink"``, ``"nic"``, ``"fabric"``).
     paths: [n_ranks, n_ranks, H] int32 link ids of the direct route source -> destination, padded with -1; the diagonal
-        is all -1. Routes between nodes on the same rail (equal r % ranks_per_node) do not leave the rail.
+        is all -1. Where nodes are joined by rails, routes between ranks of equal position stay on theirs, unless a link
+        there has failed.
+    nic_bytes_per_s: achievable rate of a rank's own NIC, also where no route uses it (loopback); None without one.
     """
 
     n_ranks: int
@@ -32,6 +34,7 @@ class Network:
     link_bandwidth_bytes_per_s: F64
     link_latency_s: F64
     paths: I32
+    nic_bytes_per_s: float | None = None
 
     @property
     def n_nodes(self) -> int:

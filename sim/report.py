@@ -27,6 +27,13 @@ _TIME = (
     "step_time_s", "attention_s", "experts_s", "other_compute_s", "exposed_communication_s", "waiting_s",
     "tokens_per_s_per_gpu",
 )  # fmt: skip
+_PIPELINE_TIME = (
+    "step_time_s", "forward_s", "backward_s", "weight_gradients_s", "overlapped_s", "bubble_s", "optimizer_s",
+)  # fmt: skip
+_PRICE = (
+    "tokens_per_day", "tokens_per_s_per_gpu", "model_flops_per_s_per_gpu", "mfu", "gpu_hours_per_trillion",
+    "usd_per_trillion", "energy_j_per_trillion",
+)  # fmt: skip
 _MOST_TOPICS = 12  # of which each has a column
 # Columns that say nothing where every policy has this value.
 _DULL = {"dropped_share": 0.0, "dropped_worst_topic": 0.0, "offset_rms": 0.0}
@@ -135,6 +142,12 @@ def _by_topic(result: Result) -> list[str]:
     return lines
 
 
+def _simulated(scenario: Scenario) -> int:
+    """Devices that the run simulates for the scenario's own split."""
+    parallel = scenario.parallel
+    return parallel.ep_size * (parallel.ep_groups * parallel.pp_size if scenario.pipelined else 1)
+
+
 def describe(scenario: Scenario) -> list[str]:
     """Say in a few lines what is simulated."""
     model, cluster, parallel = scenario.model, scenario.cluster, scenario.parallel
@@ -142,9 +155,16 @@ def describe(scenario: Scenario) -> list[str]:
     lines = [
         f"{scenario.name}: {model.name}, {model.total_parameters / 1e9:.2f}B parameters, "
         f"{model.active_parameters / 1e9:.2f}B active ({100 * model.active_parameters / model.total_parameters:.1f} %)",
-        f"{parallel.ep_size} of {cluster.n_devices} {cluster.device.name} in nodes of {cluster.devices_per_node}, "
-        f"EP{parallel.ep_size} x PP{parallel.pp_size}, {scenario.tokens_per_rank} tokens per device and step, "
-        f"{model.n_moe_layers} MoE layers, {scenario.schedule.phase}, overlap {scenario.schedule.overlap}",
+        f"{_simulated(scenario)} of {cluster.n_devices} {cluster.device.name} in nodes of {cluster.devices_per_node}, "
+        f"EP{parallel.ep_size} x PP{parallel.pp_size}"
+        + (f" x DP{parallel.dp_size}" if parallel.dp_size else "")
+        + f", {scenario.tokens_per_rank} tokens per device and step, {model.n_moe_layers} MoE layers, "
+        f"{scenario.schedule.phase}, "
+        + (
+            f"pipeline {scenario.schedule.pipeline.kind}, {scenario.schedule.micro_batches} micro-batches"
+            if scenario.pipelined
+            else f"overlap {scenario.schedule.overlap}"
+        ),
         f"traffic {scenario.traffic.kind}, {scenario.steps.count} step(s), {scenario.replicas} replica(s), seed {scenario.seed}"
         + (
             f"; balancing settled by {warm.steps} warm-up batches of {warm.ranks * warm.tokens_per_rank} tokens"
@@ -166,7 +186,10 @@ def terminal(result: Result) -> str:
     if result.scenario.steps.count >= MIN_STEPS:
         parts += ["", *_table(result, _CONTROL)]
     if len(result.scenario.timed_steps()):
-        parts += ["", *_table(result, _TIME)]
+        if result.scenario.pipelined:
+            parts += ["", *_table(result, _PIPELINE_TIME), "", *_table(result, _PRICE)]
+        else:
+            parts += ["", *_table(result, _TIME)]
     notes = [
         "",
         "(floor): MaxVio of a perfectly uniform random gate at this batch size. Means over MoE layers and steps",

@@ -65,7 +65,19 @@ METRICS = (
     Metric("other_compute_s", "other compute ms", 4, 1e3),
     Metric("exposed_communication_s", "exposed comm ms", 4, 1e3),
     Metric("waiting_s", "waiting ms", 4, 1e3),
+    Metric("forward_s", "forward ms", 5, 1e3),
+    Metric("backward_s", "backward ms", 5, 1e3),
+    Metric("weight_gradients_s", "weight gradients ms", 5, 1e3),
+    Metric("overlapped_s", "forward and backward ms", 5, 1e3),
+    Metric("bubble_s", "bubble ms", 5, 1e3),
+    Metric("optimizer_s", "optimizer ms", 5, 1e3),
     Metric("tokens_per_s_per_gpu", "tokens /s/GPU", 5),
+    Metric("tokens_per_day", "tokens /day 1e9", 5, 1e-9),
+    Metric("model_flops_per_s_per_gpu", "model TFLOP/s", 4, 1e-12),
+    Metric("mfu", "MFU %", 2, 100.0),
+    Metric("gpu_hours_per_trillion", "GPU hours /1e12 tokens", 6),
+    Metric("usd_per_trillion", "USD /1e12 tokens", 6),
+    Metric("energy_j_per_trillion", "MWh /1e12 tokens", 4, 1 / 3.6e9),
 )
 
 

@@ -6,7 +6,7 @@ layers run anywhere, in any order, with the same result. No seconds here; those 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -38,7 +38,7 @@ class Task:
     scenario: Scenario
     policies: tuple[int, ...]
     replica: int
-    layers: range
+    layers: Sequence[int]
 
 
 def measured_steps(scenario: Scenario) -> list[int]:
@@ -61,12 +61,18 @@ def token_layers(scenario: Scenario) -> int:
 
 def token_layers_of(scenario: Scenario, policy: Policy) -> int:
     """The part of `token_layers` that one policy routes."""
-    steps, warmup = scenario.steps, scenario.steps.warmup
+    steps = scenario.steps
     rank_steps = steps.count * scenario.parallel.ep_size
     if steps.resolution == "count":
         once = scenario.pilots_once(policy)
-        rank_steps = steps.pilot_ranks if once else steps.count * _routed_ranks(scenario)
-    tokens = rank_steps * scenario.tokens_per_rank
+        if once:
+            return _token_layers(scenario, policy, steps.pilot_ranks * scenario.pilot_tokens)
+        rank_steps = steps.count * _routed_ranks(scenario)
+    return _token_layers(scenario, policy, rank_steps * scenario.group_tokens)
+
+
+def _token_layers(scenario: Scenario, policy: Policy, tokens: int) -> int:
+    warmup = scenario.steps.warmup
     if policy.learns:
         tokens += warmup.steps * warmup.ranks * warmup.tokens_per_rank
     return tokens * scenario.model_of(policy).n_moe_layers * scenario.replicas
@@ -104,7 +110,7 @@ def run(task: Task) -> list[Counts]:
     learners = _those(layers, lambda tally: tally.policy.learns)
     for step in range(steps.warmup.steps if learners else 0):
         warmup = steps.warmup
-        tokens = warmup.tokens_per_rank - warmup.tokens_per_rank % scenario.schedule.micro_batches
+        tokens = warmup.tokens_per_rank - warmup.tokens_per_rank % scenario.warmup_parts
         batch = source.batch("warmup", step, n_ranks=warmup.ranks, tokens_per_rank=tokens)
         for tally in _each(learners):
             tally.reset(warmup.ranks, measure=False, warming_up=True)
@@ -117,11 +123,11 @@ def run(task: Task) -> list[Counts]:
     for step in range(steps.count):
         for tally in _each(layers):
             tally.reset(ranks, measure=step in measured)
-        batch = source.batch("train", step, n_ranks=ranks, tokens_per_rank=scenario.tokens_per_rank)
+        batch = source.batch("train", step, n_ranks=ranks, tokens_per_rank=scenario.group_tokens)
         routed, judged = _those(layers, lambda tally: tally.wants_tokens), step == steps.count - 1
         _route(task, batch, routed, _routed_ranks(scenario), "train", step, judged)
         for tally in _each(layers):
-            tally.record(step, scenario.tokens_per_rank)
+            tally.record(step, scenario.group_tokens)
             if tally.learns:
                 tally.learn(step)
     for tallies in layers.values():
@@ -135,7 +141,7 @@ def _pilot(task: Task, source: Source, layers: Layers) -> None:
     drawn = [tally for tally in _each(layers) if isinstance(tally, DrawnTally) and tally.pilots_once]
     if drawn:
         n_ranks = steps.pilot_ranks
-        batch = source.batch("pilot", 0, n_ranks=n_ranks, tokens_per_rank=task.scenario.tokens_per_rank)
+        batch = source.batch("pilot", 0, n_ranks=n_ranks, tokens_per_rank=task.scenario.pilot_tokens)
         for tally in drawn:
             tally.begin_pilot()
         _route(task, batch, _those(layers, lambda tally: not tally.wants_tokens), n_ranks, "pilot", 0, judged=True)

@@ -24,6 +24,9 @@ from sim.gating import Gating
 from sim.gating.balance import Balance
 from sim.hardware import BYTES_PER_ELEMENT
 from sim.model import Model
+from sim.pipeline import Pipeline, alive
+from sim.pipeline.blocks import Block, block_parameters, stage_blocks
+from sim.pipeline.none import NoPipeline
 from sim.placement import Placement
 from sim.placement.linear import Linear
 from sim.plugin import Choice
@@ -39,15 +42,23 @@ class _Block(BaseModel):
 
 
 class Parallel(_Block):
-    """How the model is split. The run simulates one expert-parallel group and passes all layers through it; with
-    ``pp_size`` stages each device holds 1/pp_size of the layers (pipeline bubbles are not included)."""
+    """How the model is split. Without a ``schedule.pipeline`` the run simulates one expert-parallel group and passes all
+    layers through it, and ``pp_size`` divides memory only; with one, all stages and groups are simulated."""
 
     ep_size: int = Field(default=1, gt=0)
     """Expert-parallel ranks: every rank hosts n_routed_experts / ep_size experts of each layer."""
     pp_size: int = Field(default=1, gt=0)
-    """Pipeline stages, each an EP group like the one simulated; divides memory, not time."""
+    """Pipeline stages."""
     tp_size: int = Field(default=1, gt=0)
     """Tensor-parallel ranks of the non-expert layers, inside a node; costs two all-reduces per layer and direction."""
+    dp_size: int | None = Field(default=None, gt=0)
+    """Data-parallel ranks of the non-expert layers of a stage; None: those of one EP group, ep_size / tp_size. A stage
+    then has ``dp_size x tp_size / ep_size`` EP groups, which share ZeRO-1's optimiser state."""
+
+    @property
+    def ep_groups(self) -> int:
+        """Expert-parallel groups that work on each stage."""
+        return max(1, (self.dp_size or 0) * self.tp_size // self.ep_size)
 
 
 class Warmup(_Block):
@@ -81,16 +92,21 @@ class Schedule(_Block):
     """What happens within a step, and in which order."""
 
     phase: Literal["training", "forward"] = "training"
-    micro_batches: int = Field(default=1, gt=0, le=64)
-    """Equal parts of a rank's tokens."""
+    pipeline: Annotated[Pipeline, Choice(Pipeline)] = NoPipeline()
+    """How micro-batches pass ``parallel.pp_size`` stages. With one, a step ends with the optimiser, the output head is
+    timed, and ``overlap`` is the schedule's own."""
+    mtp: bool = True
+    """Whether a pipeline also runs the model's MTP modules, if it has any."""
+    micro_batches: int = Field(default=1, gt=0, le=4096)
+    """Equal parts of a device's tokens."""
     overlap: Literal["none", "micro_batches", "forward_backward"] = "micro_batches"
     """``micro_batches``: two neighbours interleaved; ``forward_backward``: the forward of one with the backward of
     another, DualPipe's steady state (DeepSeek-V3 report, section 3.2.1)."""
     sequence_length: int = Field(default=4096, gt=0)
     """Context length of the attention cost."""
-    recompute: Literal["none", "selective"] = "none"
-    """Activations kept for the backward: all, or as in the DeepSeek-V3 report, section 3.2.3 and 3.3.3 (norms, MLA
-    up-projections and SwiGLU recomputed, expert inputs in fp8). Counts in memory only."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations kept for the backward: all; as in the DeepSeek-V3 report, section 3.2.3 and 3.3.3 (norms, MLA
+    up-projections and SwiGLU recomputed, expert inputs in fp8); or a layer's input alone, its forward run again before its backward (with a pipeline)."""
     engine: Literal["simpy", "max_plus"] = "simpy"
     """The discrete-event engine, or the array recurrence that gives the same times."""
 
@@ -105,6 +121,17 @@ class Cost(_Block):
     dispatch_dtype: Literal["fp8", "bf16"] = "fp8"
     combine_dtype: Literal["fp8", "bf16"] = "bf16"
     gemm_dtype: Literal["fp8", "bf16"] = "fp8"
+
+
+class Straggler(_Block):
+    """A device that computes slowly.
+
+    device: counted over the simulated devices, first the ranks of an EP group, then the groups of a stage, then the
+    stages. slowdown: factor on all its compute times.
+    """
+
+    device: int = Field(ge=0)
+    slowdown: float = Field(ge=1, le=1e3)
 
 
 class Policy(Gating):
@@ -132,6 +159,7 @@ class Scenario(_Block):
     steps: Steps = Steps()
     schedule: Schedule = Schedule()
     cost: Cost = Cost()
+    stragglers: tuple[Straggler, ...] = ()
     policies: Annotated[tuple[Policy, ...], Field(min_length=1, max_length=100)]
 
     def model_of(self, policy: Policy) -> Model:
@@ -149,11 +177,46 @@ class Scenario(_Block):
 
     def pilots_once(self, policy: Policy) -> bool:
         """Whether one count-level pilot serves all steps: nothing moves the gate, nor the traffic."""
-        return self.traffic.stationary and not policy.learns and not self.router_dynamics
+        still = not policy.learns and not self.router_dynamics
+        return self.traffic.stationary and (still or self.steps.count == 1)
 
     @property
     def tokens_per_rank(self) -> int:
         return self.traffic.tokens_per_rank
+
+    @property
+    def parts(self) -> int:
+        """Micro-batches of all EP groups of a stage: the group's m-th is number group x micro_batches + m."""
+        return self.schedule.micro_batches * self.parallel.ep_groups
+
+    @property
+    def group_tokens(self) -> int:
+        """Tokens per step of one rank's place in all EP groups of a stage together."""
+        return self.tokens_per_rank * self.parallel.ep_groups
+
+    @property
+    def pilot_tokens(self) -> int:
+        """Tokens of each rank of a pilot for all steps: one micro-batch, or all where a sequence spans several."""
+        micro = self.tokens_per_rank // self.schedule.micro_batches
+        length = self.traffic.longest_sequence
+        return self.tokens_per_rank if length is None or micro % length else micro
+
+    @property
+    def warmup_parts(self) -> int:
+        """Micro-batches of a warm-up batch; at count level, where a step may have hundreds, one."""
+        return 1 if self.steps.resolution == "count" else self.schedule.micro_batches
+
+    @property
+    def pipelined(self) -> bool:
+        return self.schedule.pipeline.kind != "none"
+
+    def stages(self, policy: Policy) -> tuple[tuple[Block, ...], ...]:
+        """What each pipeline stage holds of ``policy``'s model."""
+        schedule, peak = self.schedule, self.cluster.device.peak
+        weight = peak(self.cost.gemm_dtype) / peak("bf16")
+        return stage_blocks(
+            self.model_of(policy), self.parallel_of(policy).pp_size, schedule.mtp, schedule.sequence_length, weight
+        )
 
     def timed_steps(self) -> range:
         """Steps whose time is simulated."""
@@ -196,20 +259,45 @@ class Scenario(_Block):
                 expert_pairs_per_token=pairs,
                 moe_intermediate_size=width,
             )
-        selective = schedule.recompute == "selective"
-        in_flight = parallel.pp_size + 1 if parallel.pp_size > 1 else schedule.micro_batches
-        return training_memory_bytes(
-            dense_parameters=dense,
-            expert_parameters=held,
-            dense_optimizer_shards=max(1, parallel.ep_size // parallel.tp_size),
-            tokens_in_flight=micro_tokens * in_flight / parallel.tp_size,
-            layers=-(-model.num_hidden_layers // parallel.pp_size),
-            hidden_size=model.hidden_size,
-            kept_bytes_per_hidden=4.0 if selective else 15.0,
-            expert_pairs_per_token=pairs,
-            moe_intermediate_size=width,
-            pair_element_bytes=1.0 if selective else 2.0,
-        )
+        kept, element = {"none": (15.0, 2.0), "selective": (4.0, 1.0), "full": (2.0, 0.0)}[schedule.recompute]
+        shards = (parallel.dp_size or max(1, parallel.ep_size // parallel.tp_size)) * schedule.pipeline.copies
+
+        def bytes_of(dense: float, experts: float, layers: float, logits: float) -> dict[str, float]:
+            """layers: alive micro-batches times layers. logits: tokens whose logits are held."""
+            return training_memory_bytes(
+                dense_parameters=dense,
+                expert_parameters=experts,
+                dense_optimizer_shards=shards,
+                expert_optimizer_shards=parallel.ep_groups * schedule.pipeline.copies,
+                tokens_in_flight=micro_tokens,  # of each tensor-parallel rank, with sequence parallelism
+                layers=layers,
+                hidden_size=model.hidden_size,
+                kept_bytes_per_hidden=kept,
+                expert_pairs_per_token=pairs,
+                moe_intermediate_size=width,
+                pair_element_bytes=element,
+                logit_bytes=logits * model.vocab_size * 4.0,
+            )
+
+        if not self.pipelined:
+            in_flight = parallel.pp_size + 1 if parallel.pp_size > 1 else schedule.micro_batches
+            return bytes_of(dense, held, in_flight * -(-model.num_hidden_layers // parallel.pp_size), 0.0)
+        stages, found = self.stages(policy), []
+        layers_of = [float(sum(block.kind in ("moe", "dense") for block in stage)) for stage in stages]
+        for rank in range(parallel.pp_size):
+            blocks = [block for stage in schedule.pipeline.stages(rank, parallel.pp_size) for block in stages[stage]]
+            sizes = [block_parameters(model, block) for block in blocks]
+            program = schedule.pipeline.program(rank, parallel.pp_size, schedule.micro_batches)
+            heads = any(block.kind in ("head", "mtp_head") for block in blocks)
+            found.append(
+                bytes_of(
+                    sum(dense for dense, _ in sizes) / parallel.tp_size,
+                    sum(experts for _, experts in sizes) / parallel.ep_size,
+                    alive(program, layers_of),
+                    micro_tokens * heads,
+                )
+            )
+        return max(found, key=lambda items: items["total"])
 
     def problems(self) -> Iterator[Rule]:
         """Yield ``(path, rule)`` for everything that is wrong between the parts."""
@@ -236,20 +324,29 @@ class Scenario(_Block):
             )
         if self.schedule.overlap == "forward_backward" and self.schedule.phase == "forward":
             yield ("schedule", "overlap"), "forward_backward needs phase: training"
+        if self.pipelined and self.schedule.phase == "forward":
+            yield ("schedule", "pipeline"), f"{self.schedule.pipeline.kind} needs phase: training"
+        if self.schedule.recompute == "full" and not self.pipelined:
+            yield ("schedule", "recompute"), "full needs a schedule.pipeline, which times it"
+        if self.pipelined and self.traffic.provides == "ids":
+            yield ("traffic",), "a pipeline needs generated traffic: recorded choices have no batches to fill it"
+        for i, slow in enumerate(self.stragglers):
+            count = self.parallel.ep_size * (self.parallel.ep_groups * self.parallel.pp_size if self.pipelined else 1)
+            if slow.device >= count:
+                yield ("stragglers", i, "device"), f"must be < {count}, the devices simulated"
         if self.steps.warmup.steps and self.steps.warmup.ranks > self.parallel.ep_size:
             yield ("steps", "warmup", "ranks"), f"must be <= parallel.ep_size = {self.parallel.ep_size}"
-        if self.steps.warmup.steps and self.steps.warmup.tokens_per_rank < self.schedule.micro_batches:
+        if self.steps.warmup.steps and self.steps.warmup.tokens_per_rank < self.warmup_parts:
             yield (
                 ("steps", "warmup", "tokens_per_rank"),
-                f"must be at least schedule.micro_batches = {self.schedule.micro_batches}",
+                f"must be at least schedule.micro_batches = {self.warmup_parts}",
             )
         try:
             self.cost.compute.gemm_s(
                 self.cluster.device,
                 tokens=1,
-                flops_per_token=1,
-                weight_bytes=1,
-                activation_bytes_per_token=1,
+                in_features=1,
+                out_features=1,
                 dtype=self.cost.gemm_dtype,
             )
         except ValueError as error:
@@ -270,6 +367,28 @@ class Scenario(_Block):
                 except (ValueError, OSError) as error:
                     yield ("traffic",), str(error)
                 return
+
+    def _group_problems(self, where: tuple[str | int, ...], policy: Policy) -> Iterator[Rule]:
+        """Data parallelism and pipelines: sizes that must divide or fit."""
+        parallel, schedule, devices = self.parallel_of(policy), self.schedule, self.cluster.n_devices
+        if parallel.dp_size is not None:
+            if not self.pipelined:
+                yield (*where, "dp_size"), "needs a schedule.pipeline; without one a single EP group is simulated"
+            elif parallel.dp_size * parallel.tp_size % parallel.ep_size:
+                yield (
+                    (*where, "dp_size"),
+                    f"x tp_size must be a multiple of ep_size = {parallel.ep_size}: whole EP groups",
+                )
+        if self.pipelined:
+            needed = parallel.pp_size * parallel.ep_size * parallel.ep_groups
+            if needed > devices:
+                yield (
+                    (*where, "pp_size"),
+                    f"{parallel.pp_size} stages x {parallel.ep_groups} groups of {parallel.ep_size} need {needed} devices; "
+                    f"the cluster has {devices}",
+                )
+            for field, rule in schedule.pipeline.problems(parallel.pp_size, schedule.micro_batches):
+                yield ((*where, field) if field == "pp_size" else ("schedule", field)), rule
 
     def _policy_problems(self, i: int, policy: Policy) -> Iterator[Rule]:
         at: tuple[str | int, ...] = ("policies", i)
@@ -298,6 +417,7 @@ class Scenario(_Block):
             yield (*where, "tp_size"), f"must divide ep_size = {parallel.ep_size}"
         if parallel.pp_size > model.num_hidden_layers:
             yield (*where, "pp_size"), f"must be <= num_hidden_layers = {model.num_hidden_layers}"
+        yield from self._group_problems(where, policy)
         if model.is_moe:
             if model.n_routed_experts % parallel.ep_size:
                 yield (*where, "ep_size"), f"must divide n_routed_experts = {model.n_routed_experts}"
@@ -305,6 +425,11 @@ class Scenario(_Block):
                 yield (
                     (*where, "ep_size"),
                     f"policies with experts share one group: parallel.ep_size = {self.parallel.ep_size}",
+                )
+            if policy.parallel and parallel.ep_groups != self.parallel.ep_groups:
+                yield (
+                    (*where, "dp_size"),
+                    f"policies with experts share their groups: {self.parallel.ep_groups} on each stage",
                 )
             for j, own in enumerate(policy.balance):
                 others = [
@@ -340,7 +465,8 @@ class Scenario(_Block):
                     yield (*at, "capacity"), "what capacity drops cannot be drawn: set steps.resolution: token"
         elif policy.select.kind != "dense":
             yield (*at, "select"), "a model without routed experts takes select: dense"
-        if parallel.ep_size <= devices:
+        runs = not any(schedule_rule for schedule_rule in self._group_problems(where, policy))
+        if parallel.ep_size <= devices and parallel.pp_size <= model.num_hidden_layers and runs:
             # Memory comes last: it is only worth saying when the split itself makes sense.
             text = refusal(self.memory(policy), self.cluster.device.memory_bytes)
             if text:

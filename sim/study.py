@@ -11,12 +11,16 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from sim import rollout
 from sim.cluster import build_network
 from sim.conservation import ConservationError, check_time
 from sim.engine import breakdown, des, maxplus, violations
+from sim.engine.chunks import ChunkTimes
+from sim.engine.durations import slowdowns
+from sim.engine.step import pipelined_step, programs
 from sim.engine.training import Work, build_plan
 from sim.estimate import Estimate, TooBig, estimate
 from sim.exchange import Exchange
@@ -25,6 +29,7 @@ from sim.rollout import LAYERS_PER_TASK, Task, shape_of
 from sim.scenario import Scenario, load
 from sim.tables import tabulate
 from sim.tally import Counts
+from sim.tokens import I64
 from sim.traffic import TrafficShape
 
 A = TypeVar("A")
@@ -93,6 +98,71 @@ def _time_step(job: tuple[Scenario, int, list[list[Exchange]]]) -> dict[str, Any
     return {"parts": parts, "makespan_ps": timeline.makespan_ps, "events": timeline.n_events}
 
 
+@dataclass(frozen=True)
+class _Stages:
+    """A unit of pipelined work: the pipeline ranks ``ranks``, which hold the same stages, for policies of one shape.
+
+    layers: MoE layers (0-based) that these stages route; of them ``own`` are reported here, the others (that of an MTP
+    module) by whoever holds them.
+    """
+
+    scenario: Scenario
+    policies: tuple[int, ...]
+    replica: int
+    ranks: tuple[int, ...]
+    layers: tuple[int, ...]
+    own: tuple[int, ...]
+
+
+def _stage_jobs(scenario: Scenario) -> list[_Stages]:
+    """Cut a pipelined run into (replica, policies of one shape, ranks that share their stages)."""
+    alike: dict[Any, list[int]] = {}
+    for i, policy in enumerate(scenario.policies):
+        model = scenario.model_of(policy)
+        shape = shape_of(scenario, policy) if model.is_moe else i
+        alike.setdefault((shape, scenario.stages(policy)), []).append(i)
+    jobs = []
+    for replica in range(scenario.replicas):
+        for (_, stages), indices in alike.items():
+            model = scenario.model_of(scenario.policies[indices[0]])
+            number = {layer: i for i, layer in enumerate(model.moe_layers)}
+            together: dict[tuple[int, ...], list[int]] = {}
+            for rank in range(len(stages)):
+                together.setdefault(scenario.schedule.pipeline.stages(rank, len(stages)), []).append(rank)
+            for held, ranks in together.items():
+                blocks = [block for stage in held for block in stages[stage] if block.kind == "moe"]
+                own = sorted({number[block.layer] for block in blocks if block.number == block.layer})
+                layers = sorted({number[block.layer] for block in blocks})
+                jobs.append(_Stages(scenario, tuple(indices), replica, tuple(ranks), tuple(layers), tuple(own)))
+    return jobs
+
+
+Times = dict[tuple[int, int, int, int], I64]  # (policy, step, pipeline rank, group) -> times of its chunks
+
+
+def _run_stages(job: _Stages) -> tuple[list[Counts], Times]:
+    """Route the layers of the job's stages and time their chunks; of the exchanges only the sums are kept."""
+    scenario, times = job.scenario, Times()
+    counts = rollout.run(Task(scenario, job.policies, job.replica, job.layers)) if job.layers else []
+    for index in job.policies:
+        policy = scenario.policies[index]
+        parallel, plan, slow = scenario.parallel_of(policy), programs(scenario, policy), slowdowns(scenario, policy)
+        network = build_network(scenario.cluster, parallel.ep_size)
+        stages = scenario.stages(policy)
+        held = {stage: stages[stage] for stage in scenario.schedule.pipeline.stages(job.ranks[0], parallel.pp_size)}
+        mine = [result for result in counts if result.policy == index]
+        for step in scenario.timed_steps():
+            exchanges = {result.layer: Exchange.stack(result.exchanges[step]) for result in mine}
+            chunk = ChunkTimes(scenario, policy, network, held, exchanges)
+            for rank in job.ranks:
+                for group in range(parallel.ep_groups):
+                    times[index, step, rank, group] = chunk.times_ps(plan[rank], group, slow[rank, group])
+            chunk.check()
+        for result in mine:
+            result.exchanges = {step: [Exchange.sum(found)] for step, found in result.exchanges.items()}
+    return [result for result in counts if result.layer in job.own], times
+
+
 class _Workers:
     """``map`` on this process or on several; order and results are the same."""
 
@@ -154,12 +224,43 @@ def _watched(items: Iterable[B], total: int, label: str, progress: bool) -> Iter
     yield from tqdm(items, total=total, desc=label, file=sys.stderr, leave=False, unit="task")
 
 
+def _jobs(asked: int | None, tasks: int, expected: Estimate) -> int:
+    """Processes to use: as asked, else as many as cores where that pays."""
+    if asked is not None:
+        return asked
+    return min(os.cpu_count() or 1, max(1, tasks)) if expected.seconds > WORTH_A_PROCESS_S else 1
+
+
+def _simulate_pipelined(scenario: Scenario, jobs: int | None, expected: Estimate, progress: bool) -> Result:
+    """As `simulate`, where steps pass a pipeline."""
+    work = _stage_jobs(scenario)
+    with _Workers(_jobs(jobs, len(work), expected)) as workers:
+        done = list(_watched(workers.map(_run_stages, work), len(work), "stages", progress))
+    counts: dict[tuple[int, int], list[Counts]] = {}
+    chunk_ps: dict[tuple[int, int, int], dict[tuple[int, int], I64]] = {}
+    for job, (results, times) in zip(work, done, strict=True):
+        for result in results:
+            counts.setdefault((job.replica, result.policy), []).append(result)
+        for (index, step, rank, group), found in times.items():
+            chunk_ps.setdefault((job.replica, index, step), {})[rank, group] = found
+    for found_counts in counts.values():
+        found_counts.sort(key=lambda result: result.layer)
+    timing = {
+        (replica, index, step): pipelined_step(scenario, scenario.policies[index], found)
+        for (replica, index, step), found in sorted(chunk_ps.items())
+    }
+    for clock in timing.values():
+        check_time(clock["parts"], clock["makespan_ps"])
+    tables = tabulate(scenario, counts, timing)
+    return Result(scenario, tables, summarise(tables, scenario), sum(int(t["events"]) for t in timing.values()))
+
+
 def simulate(scenario: Scenario, jobs: int | None, expected: Estimate, progress: bool = False) -> Result:
     """Run a checked scenario; see `run`."""
+    if scenario.pipelined:
+        return _simulate_pipelined(scenario, jobs, expected, progress)
     tasks = _tasks(scenario)
-    if jobs is None:
-        jobs = min(os.cpu_count() or 1, max(1, len(tasks))) if expected.seconds > WORTH_A_PROCESS_S else 1
-    with _Workers(jobs) as workers:
+    with _Workers(_jobs(jobs, len(tasks), expected)) as workers:
         rolled: list[list[Counts]] = list(_watched(workers.map(rollout.run, tasks), len(tasks), "routing", progress))
         counts: dict[tuple[int, int], list[Counts]] = {}
         for task, results in zip(tasks, rolled, strict=True):

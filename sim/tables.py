@@ -58,11 +58,16 @@ def tabulate(scenario: Scenario, counts: Mapping[tuple[int, int], list[Counts]],
                     row["balancedness_mean"] = balancedness_mean(by_layer)
                 clock = timing.get((replica, index, step))
                 exchanges = [r.exchanges[step] for r in found] if step in measured else []
-                row |= _exchange_row(scenario, index, exchanges) | _time_row(scenario, clock)
+                row |= _exchange_row(scenario, index, exchanges) | _time_row(scenario, index, clock)
                 _append(tables["steps"], row)
                 for result, r in zip(found, rows, strict=True):
                     _append(tables["layers"], head | {"step": step, "layer": model.moe_layers[result.layer]} | r)
-                if clock:
+                if clock and scenario.pipelined:
+                    for i in range(parallel.pp_size * parallel.ep_groups):
+                        parts = {f"{key}_s": float(value[i]) / PS_PER_S for key, value in clock["parts"].items()}
+                        at = {"step": step, "pp_rank": i // parallel.ep_groups, "ep_group": i % parallel.ep_groups}
+                        _append(tables["devices"], head | at | parts)
+                elif clock:
                     received = sum((loads[step] for loads in ranks), np.zeros(parallel.ep_size, dtype=np.int64))
                     for device in range(parallel.ep_size):
                         parts = {f"{key}_s": float(value[device]) / PS_PER_S for key, value in clock["parts"].items()}
@@ -94,7 +99,7 @@ def _append(table: Table, row: Mapping[str, Any]) -> None:
 
 def _k(scenario: Scenario, result: Counts) -> int:
     """Experts that a token asks for, on average and rounded."""
-    tokens = scenario.parallel.ep_size * scenario.tokens_per_rank * len(result.asked)
+    tokens = scenario.parallel.ep_size * scenario.group_tokens * len(result.asked)
     return max(1, round(int(result.asked.sum()) / tokens))
 
 
@@ -108,7 +113,7 @@ def _rank_loads(scenario: Scenario, result: Counts) -> I64:
 
 def _layer_rows(scenario: Scenario, result: Counts, ranks: I64) -> dict[str, Any]:
     loads, steps = result.expert_tokens, len(result.expert_tokens)
-    tokens = scenario.parallel.ep_size * scenario.tokens_per_rank
+    tokens = scenario.parallel.ep_size * scenario.group_tokens
     rows: dict[str, Any] = {
         "max_vio": max_vio(loads),
         "max_vio_floor": np.full(steps, uniform_max_vio(tokens, loads.shape[1], _k(scenario, result))),
@@ -131,7 +136,7 @@ def _layer_rows(scenario: Scenario, result: Counts, ranks: I64) -> dict[str, Any
 def _total_row(scenario: Scenario, result: Counts) -> dict[str, float]:
     loads = result.expert_tokens
     total, late = loads.sum(axis=0), loads[-max(1, len(loads) // 4) :].sum(axis=0)
-    tokens = scenario.parallel.ep_size * scenario.tokens_per_rank * len(loads)
+    tokens = scenario.parallel.ep_size * scenario.group_tokens * len(loads)
     series = max_vio(loads)
     row = {
         "max_vio_global": float(max_vio(total)),
@@ -182,7 +187,7 @@ def _exchange_row(scenario: Scenario, index: int, layers: list[list[Exchange]]) 
         return _NO_EXCHANGE
     policy = scenario.policies[index]
     cost, domain = scenario.cost, scenario.cluster.topology.domain(scenario.cluster)
-    tokens = scenario.parallel.ep_size * scenario.tokens_per_rank * len(layers)
+    tokens = scenario.parallel.ep_size * scenario.group_tokens * len(layers)
     nodes = sum(int(e.node_tokens.sum()) for layer in layers for e in layer)
     ranks = sum(int(e.rank_tokens.sum()) for layer in layers for e in layer)
     copies = sum(e.inter_node_copies(domain, cost.mode) for layer in layers for e in layer)
@@ -199,10 +204,17 @@ def _exchange_row(scenario: Scenario, index: int, layers: list[list[Exchange]]) 
 TIME_PARTS = ("attention_s", "experts_s", "other_compute_s", "exposed_communication_s", "waiting_s")
 
 
-def _time_row(scenario: Scenario, clock: dict[str, Any] | None) -> dict[str, float]:
+PIPELINE_PARTS = ("forward_s", "backward_s", "weight_gradients_s", "overlapped_s", "bubble_s", "optimizer_s")
+
+
+def _time_row(scenario: Scenario, index: int, clock: dict[str, Any] | None) -> dict[str, float]:
     if clock is None:
-        return dict.fromkeys(("step_time_s", *TIME_PARTS, "tokens_per_s_per_gpu"), np.nan)
+        parts = PIPELINE_PARTS if scenario.pipelined else TIME_PARTS
+        return dict.fromkeys(("step_time_s", *parts, "tokens_per_s_per_gpu"), np.nan)
     mean = {key: float(value.mean()) / PS_PER_S for key, value in clock["parts"].items()}
+    if scenario.pipelined:
+        row = {"step_time_s": clock["makespan_ps"] / PS_PER_S} | {f"{key}_s": value for key, value in mean.items()}
+        return row | _price(scenario, index, row["step_time_s"])
     experts = ("experts", "experts_wgrad")
     known = {"attention", *experts, "exposed_communication", "waiting"}
     row = {
@@ -216,3 +228,26 @@ def _time_row(scenario: Scenario, clock: dict[str, Any] | None) -> dict[str, flo
     if abs(sum(row[part] for part in TIME_PARTS) - row["step_time_s"]) > 1e-9 * row["step_time_s"]:
         raise ConservationError("C7 the reported parts do not sum to the step time")
     return row | {"tokens_per_s_per_gpu": scenario.tokens_per_rank / row["step_time_s"]}
+
+
+def _price(scenario: Scenario, index: int, step_time_s: float) -> dict[str, float]:
+    """What a pipelined step means in tokens, utilisation, device hours, money and energy.
+
+    Model FLOPs: three times the forward pass with causal attention, MTP modules and recomputation left out, over the
+    bf16 peak whatever the format (arXiv 2505.09343, Table 4). Energy: every device at its board limit.
+    """
+    policy, device = scenario.policies[index], scenario.cluster.device
+    parallel, model = scenario.parallel_of(policy), scenario.model_of(policy)
+    devices = parallel.pp_size * parallel.ep_size * parallel.ep_groups
+    tokens = scenario.tokens_per_rank * parallel.ep_size * parallel.ep_groups
+    flops = model.training_flops_per_token(scenario.schedule.sequence_length) * tokens / (devices * step_time_s)
+    hours = devices * step_time_s / tokens * 1e12 / 3600
+    return {
+        "tokens_per_s_per_gpu": tokens / (devices * step_time_s),
+        "tokens_per_day": tokens / step_time_s * 86400,
+        "model_flops_per_s_per_gpu": flops,
+        "mfu": flops / device.peak("bf16"),
+        "gpu_hours_per_trillion": hours,
+        "usd_per_trillion": math.nan if device.price_per_hour is None else hours * device.price_per_hour,
+        "energy_j_per_trillion": hours * 3600 * device.power_w,
+    }

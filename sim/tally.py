@@ -78,7 +78,8 @@ class Tally:
             np.zeros(scenario.steps.count),
         )
         self.learns = self.policy.learns or bool(scenario.router_dynamics)
-        self.micro_batches = scenario.schedule.micro_batches
+        self.parts, self.warmup_parts = scenario.parts, scenario.warmup_parts
+        self.micro_batches = self.parts
         self.ranks_per_node = scenario.cluster.topology.domain(scenario.cluster)
         self.n_topics = len(traffic.topics)
 
@@ -89,6 +90,10 @@ class Tally:
 
     def reset(self, n_ranks: int, *, measure: bool, warming_up: bool = False) -> None:
         """Forget the last step; ``measure``: count the next one's exchange too."""
+        self.micro_batches = self.warmup_parts if warming_up else self.parts
+        self._reset(n_ranks, measure)
+
+    def _reset(self, n_ranks: int, measure: bool) -> None:
         parts, experts = self.micro_batches, self.experts
         self.n_ranks = self.sampled_ranks = n_ranks
         self.measure = measure

@@ -131,7 +131,7 @@ MISTAKES = [
     ("warm-up batch below the micro-batches", "count: 1", "count: 1\n  warmup: {steps: 2, tokens_per_rank: 0}", "15:22", "must be > 0 [got 0]"),
     ("warm-up too small to split", "count: 1\nschedule: {", "count: 1\n  warmup: {steps: 2, tokens_per_rank: 3}\nschedule: {micro_batches: 4, ", "15:22", "must be at least schedule.micro_batches = 4 [got 3]"),
     ("a gain that shrinks", "count: 1", "count: 1\n  warmup: {gain: 0.5}", "15:12", "must be >= 1 [got 0.5]"),
-    ("too many micro-batches", "overlap: none", "overlap: none, micro_batches: 65", "15:43", "must be <= 64 [got 65]"),
+    ("too many micro-batches", "overlap: none", "overlap: none, micro_batches: 4097", "15:43", "must be <= 4096 [got 4097]"),
     ("a name that is a path", "name: base", "name: ../../base", "1:1", "must match the pattern"),
     ("an empty name", "name: base", 'name: ""', "1:1", "name: must have at least 1 characters"),
     ("a policy name too long", "- name: b\n", f"- name: {'b' * 41}\n", "19:5", "must have at most 40 characters"),

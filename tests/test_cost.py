@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from sim.cluster import Cluster, build_network
-from sim.cost import CommunicationCost, ComputeCost, Mode
+from sim.cost import CommunicationCost, ComputeCost, Mode, h100
 from sim.cost.alpha_beta import AlphaBeta
-from sim.cost.calibrated import H100_BANDWIDTH, H100_FLOPS, H100_TOKENS, Calibrated
-from sim.cost.elementwise import elementwise_bytes_per_token
+from sim.cost.calibrated import Calibrated
+from sim.cost.elementwise import expert_pair_bytes, trunk_bytes
 from sim.cost.flows import link_bytes
 from sim.cost.memory import refusal, serving_memory_bytes, training_memory_bytes
-from sim.cost.port import Overhead, Port
+from sim.cost.port import Kernels, Port
 from sim.cost.roofline import Roofline
 from sim.hardware import Device
 from sim.network import Network
@@ -32,8 +32,8 @@ CLUSTERS = Path(__file__).resolve().parents[1] / "scenarios" / "clusters"
 FP8, BF16 = 7168 + 7168 / 128 * 4, 14336.0
 V3 = {"hidden_size": 7168, "moe_intermediate_size": 2048}
 TRACE = 112 / 132
-ZERO = Overhead(dispatch_intranode_s=0, dispatch_internode_s=0, combine_intranode_s=0, combine_internode_s=0)
-BARE = Port(normal=ZERO, low_latency=ZERO)
+ZERO = Kernels(dispatch_s=0, combine_s=0, low_latency_s=0, low_latency_nic_s=0, low_latency_share=1)
+BARE = Port(kernels=ZERO, num_sms=0)
 
 
 def cluster(name: str = "h800", nodes: int = 8) -> Cluster:
@@ -75,7 +75,7 @@ def test_h100_grouped_gemm_against_the_measured_table(shared: Path) -> None:
     work = {"expert_tokens": evenly(tokens * 8 / ep, 256 / ep), "ep_tokens": tokens}
     seconds = Calibrated().grouped_gemm_s(device("h100"), dtype="fp8", **work, **V3)
     measured = rows.latency_ms.to_numpy() / 1e3
-    assert np.abs(seconds / measured - 1).mean() <= 0.05
+    assert np.abs(seconds / measured - 1).mean() <= 0.06
     bound = Roofline().grouped_gemm_s(device("h100"), dtype="fp8", **work, **V3)
     assert (bound <= measured * 1.05).all()
     # Negative control: constants that are off by a fifth do not pass.
@@ -89,26 +89,33 @@ def test_v3_training_trace_on_h800() -> None:
     routed = {"expert_tokens": np.full(4, 8192), "ep_tokens": 32768, "dtype": "fp8", "sm_fraction": TRACE}
     forward = ms(cost.grouped_gemm_s(h800, **routed, **V3))
     dgrad, wgrad = (ms(cost.grouped_gemm_s(h800, **routed, **V3, part=part)) for part in ("dgrad", "wgrad"))
-    dense = {"tokens": 4096, "flops_per_token": 2 * 233e6, "weight_bytes": 233e6, "activation_bytes_per_token": 0}
+    dense = {"tokens": 4096, "in_features": 7168, "out_features": 233e6 / 7168}
     dense |= {"dtype": "fp8", "sm_fraction": TRACE}
-    dense_ms, dense_wgrad = (ms(cost.gemm_s(h800, **dense, part=part)) for part in ("forward", "wgrad"))
+    dense_ms, dense_dgrad, dense_wgrad = (
+        ms(cost.gemm_s(h800, **dense, part=part)) for part in ("forward", "dgrad", "wgrad")
+    )
+    again = ms(cost.gemm_s(h800, **dense | {"out_features": 54.5e6 / 7168}))  # up-projections, recomputed
     core = {"tokens": 4096, "flops_per_token": 128 * 2048.5 * 320 * 2, "dtype": "bf16", "sm_fraction": TRACE}
     back = ms(cost.attention_core_s(h800, **core, direction="backward"))
-    shape = V3 | {"num_experts_per_tok": 8, "attention_width": 81_920}
+    # Balanced: each rank computes as many pairs, k times its tokens, as it routes.
     other = sum(
-        ms(cost.elementwise_s(h800, bytes=4096 * elementwise_bytes_per_token(**shape, direction=way)))
+        ms(cost.elementwise_s(h800, bytes=4096 * per_token))
         for way in ("forward", "backward")
+        for per_token in (
+            trunk_bytes(hidden_size=7168, attention_width=81_920, direction=way),
+            8 * expert_pair_bytes(**V3, direction=way),
+        )
     )
     assert forward + dgrad == pytest.approx(5.73, rel=0.02)
     assert wgrad + dense_wgrad == pytest.approx(8.19, rel=0.02)
-    assert 2 * dense_ms == pytest.approx(4.71, rel=0.02)
+    assert dense_ms + dense_dgrad + again == pytest.approx(4.71, rel=0.02)
     assert ms(cost.attention_core_s(h800, **core)) == pytest.approx(1.24, rel=0.02)
     assert back == pytest.approx(4.25, rel=0.02)
     assert other == pytest.approx(8.53, rel=0.02)
 
 
 def test_decode_time_follows_active_experts() -> None:
-    """Qwen3-30B on H100, 64 tokens, 8..128 active experts: 71, 135, 236, 433, 828 us (cutlass, other layout)."""
+    """Qwen3-30B, 64 tokens, on 8..128 experts: 71, 135, 236, 433, 828 us on RTX PRO 6000; the same shape on H100."""
     active = np.array([8, 16, 32, 64, 128])
     seconds = Calibrated().grouped_gemm_s(
         device("h100"),
@@ -119,21 +126,27 @@ def test_decode_time_follows_active_experts() -> None:
         dtype="bf16",
     )
     assert seconds.shape == (5,)
+    # Reading one more expert costs the same, but for the few rows that computing it hides behind.
     per_expert = np.diff(seconds) / np.diff(active)
-    np.testing.assert_allclose(per_expert, per_expert[0])
+    np.testing.assert_allclose(per_expert, per_expert[-1], rtol=0.1)
     assert seconds[-1] / seconds[0] > 5
 
 
 def test_constants_transfer_by_the_data_sheet_ratio() -> None:
-    h100, h200 = (Calibrated().constants(device(name), "fp8") for name in ("h100", "h200"))
-    assert h200.flops_per_s == pytest.approx(h100.flops_per_s)
-    assert h200.bandwidth_bytes_per_s == pytest.approx(h100.bandwidth_bytes_per_s * 4.8 / 3.35)
-    sheet = device("h100")
-    assert h100.flops_per_s == pytest.approx(H100_FLOPS * sheet.peak("fp8"))
-    assert h100.bandwidth_bytes_per_s == pytest.approx(H100_BANDWIDTH * sheet.memory_bandwidth_bytes_per_s)
-    assert h100.token_bytes_per_s == pytest.approx(H100_TOKENS * sheet.memory_bandwidth_bytes_per_s)
-    assert "grouped GEMM fp8 transferred from H100" in Calibrated().provenance(device("h200"))
-    assert "grouped GEMM fp8 measured" in Calibrated().provenance(device("h100"))
+    sheet, other = device("h100"), device("l40s")
+    for dtype in ("bf16", "fp8"):
+        base, moved = (h100.grouped_gemm(d, dtype) for d in (sheet, other))
+        compute = other.peak(dtype) / sheet.peak(dtype)
+        assert moved.flops_per_s == pytest.approx(base.flops_per_s * compute)
+        assert moved.pair_bytes_per_s == pytest.approx(base.pair_bytes_per_s * compute)
+        memory = other.memory_bandwidth_bytes_per_s / sheet.memory_bandwidth_bytes_per_s
+        assert moved.bandwidth_bytes_per_s == pytest.approx(base.bandwidth_bytes_per_s * memory)
+        assert moved.token_bytes_per_s == pytest.approx(base.token_bytes_per_s * other.n_sm / sheet.n_sm)
+        assert moved.overhead_s == base.overhead_s
+    assert h100.grouped_gemm(device("b200"), "fp8") != h100.grouped_gemm(device("b200"), "fp8", measured=False)
+    assert "grouped GEMM fp8 transferred from H100" in Calibrated().provenance(other)
+    assert "grouped GEMM fp8 measured" in Calibrated().provenance(sheet)
+    assert "grouped GEMM fp8 measured" in Calibrated().provenance(device("b200"))
 
 
 @pytest.mark.parametrize("cost", [Calibrated(), Roofline(), Roofline(efficiency=0.5)], ids=str)
@@ -150,10 +163,8 @@ def test_compute_laws(cost: ComputeCost, name: str) -> None:
         lent = cost.grouped_gemm_s(dev, **work, part=part, sm_fraction=0.5)
         assert (lent >= full).all() and lent[1, 1] > full[1, 1] * 1.5
     one = {"flops_per_token": 1e12, "dtype": "bf16"}
-    gemm = cost.gemm_s(dev, tokens=[1, 2], weight_bytes=0, activation_bytes_per_token=0, **one)
-    assert gemm[1] == 2 * gemm[0] > 0
-    core = cost.attention_core_s(dev, tokens=1, bytes_per_token=[0, 1e15], **one)
-    assert core[1] > core[0] > 0
+    core = cost.attention_core_s(dev, tokens=[1, 2], **one)
+    assert core[1] == 2 * core[0] > 0
     assert cost.attention_core_s(dev, tokens=1, direction="backward", **one) >= 2.5 * core[0] * (1 - 1e-12)
     for bad in (0.0, 1.5, float("nan")):
         with pytest.raises(ValueError, match="sm_fraction"):
@@ -169,10 +180,12 @@ def test_unknown_format_is_refused() -> None:
 def test_roofline_ridge_is_exact() -> None:
     h100 = device("h100")
     ridge = h100.peak("bf16") / h100.memory_bandwidth_bytes_per_s
-    work = {"flops_per_token": 1.0, "weight_bytes": 1.0, "activation_bytes_per_token": 0, "dtype": "bf16"}
+    # A wide square product is bound by its weights, two bytes per two FLOPs of a token, up to ``ridge`` tokens.
+    side = 1e9
+    work = {"in_features": side, "out_features": side, "dtype": "bf16"}
     below, above = Roofline().gemm_s(h100, tokens=[ridge * 0.5, ridge * 2], **work)
-    assert below == 1 / h100.memory_bandwidth_bytes_per_s
-    assert above == ridge * 2 / h100.peak("bf16")
+    assert below == pytest.approx(2 * side**2 / h100.memory_bandwidth_bytes_per_s, rel=1e-5)
+    assert above == ridge * 4 * side**2 / h100.peak("bf16")
 
 
 # Communication --------------------------------------------------------------------------------------------------------
@@ -302,12 +315,9 @@ def test_bytes_are_conserved(tokens: tuple[F64, F64], mode: Mode) -> None:
 def test_port_laws(tokens: tuple[F64, F64], mode: Mode) -> None:
     cost = Port()
     base = times(cost, NETWORK, tokens, mode)
-    half = Port.model_validate(
-        {
-            name: {key: value / 2 for key, value in getattr(cost, name).model_dump().items()}
-            for name in ("normal", "low_latency")
-        }
-    )
+    now = Kernels()
+    twice = {name: getattr(now, name) / 2 for name in Kernels.model_fields if name.endswith("_s")}
+    half = Port(kernels=now.model_copy(update=twice | {"bytes_per_s_and_sm": 2 * now.bytes_per_s_and_sm}))
     bandwidth, latency = NETWORK.link_bandwidth_bytes_per_s, NETWORK.link_latency_s
     fast = replace(NETWORK, link_bandwidth_bytes_per_s=2 * bandwidth, link_latency_s=latency / 2)
     np.testing.assert_array_equal(times(half, fast, tokens, mode), base / 2)
@@ -364,10 +374,10 @@ def test_normal_mode_by_hand() -> None:
         network, rank_tokens=ranks, node_tokens=nodes, bytes_per_token=FP8, mode="normal"
     )
     assert np.argwhere(reaches).tolist() == [[0, 6]]
-    assert seconds[0, 6] == pytest.approx(1000 * FP8 / 45e9 + 2.8e-6 + 3.33e-6 + 23e-6, rel=1e-12)
+    assert seconds[0, 6] == pytest.approx(1000 * FP8 / 46e9 + 2.8e-6 + 3.33e-6 + 25e-6, rel=1e-12)
     ranks[0, 4] = 1000
     seconds, _ = Port().pair_times_s(network, rank_tokens=ranks, node_tokens=nodes, bytes_per_token=FP8, mode="normal")
-    assert seconds[0, 4] == pytest.approx(1000 * FP8 / 45e9 + 2.8e-6 + 23e-6, rel=1e-12)
+    assert seconds[0, 4] == pytest.approx(1000 * FP8 / 46e9 + 2.8e-6 + 25e-6, rel=1e-12)
 
 
 def test_spine_slows_traffic_between_rails() -> None:
@@ -378,7 +388,7 @@ def test_spine_slows_traffic_between_rails() -> None:
         fields = read(CLUSTERS / "h800.yaml").data | {"nodes": 2, "topology": topology}
         network = build_network(Cluster.model_validate(fields), 16)
         results.append(times(BARE, quiet(network), (tokens, np.zeros((16, 2))), "low_latency").max())
-    assert results[0] == pytest.approx(1000 * FP8 / 45e9)
+    assert results[0] == pytest.approx(1000 * FP8 / 46e9)
     assert results[1] == pytest.approx(2 * results[0])
 
 

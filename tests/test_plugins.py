@@ -113,9 +113,11 @@ class Free(CommunicationCost):
 
     kind: Literal["free"] = "free"
 
-    def pair_times_s(self, network, *, rank_tokens, node_tokens, bytes_per_token, mode, direction="dispatch"):
+    def pair_times_s(
+        self, network, *, rank_tokens, node_tokens, bytes_per_token, mode, direction="dispatch", slowdown=1.0
+    ):
         tokens, _ = checked_tokens(network, rank_tokens, node_tokens)
-        reaches = (tokens > 0) & ~np.eye(len(tokens), dtype=bool)
+        reaches = (tokens > 0) & ~np.eye(tokens.shape[-1], dtype=bool)
         return np.zeros_like(tokens), reaches
 '''
 FILES: dict[str, tuple[Any, str]] = {

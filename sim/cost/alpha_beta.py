@@ -70,16 +70,17 @@ class AlphaBeta(CommunicationCost):
         bytes_per_token: float,
         mode: Mode,
         direction: Direction = "dispatch",
+        slowdown: float = 1.0,
     ) -> tuple[F64, Bool]:
         ranks, nodes = checked_tokens(network, rank_tokens, node_tokens)
         per_node = min(network.ranks_per_node, network.n_ranks)
         if mode == "low_latency" or network.n_nodes == 1:
-            sent, received = ranks.sum(axis=1)[:, None], ranks.sum(axis=0)[None, :]
+            sent, received = ranks.sum(axis=-1)[..., :, None], ranks.sum(axis=-2)[..., None, :]
         else:
-            sent = nodes.sum(axis=1)[:, None]
-            # nodes summed over the sources of one position, [R, N], spread back to every (s, r).
-            arriving = nodes.reshape(-1, per_node, network.n_nodes).sum(axis=0)
-            received = np.tile(np.repeat(arriving, per_node, axis=1), (network.n_nodes, 1))
+            sent = nodes.sum(axis=-1)[..., :, None]
+            # nodes summed over the sources of one position, [..., R, N], spread back to every (s, r).
+            arriving = nodes.reshape(*nodes.shape[:-2], -1, per_node, network.n_nodes).sum(axis=-3)
+            received = np.concatenate([np.repeat(arriving, per_node, axis=-1)] * network.n_nodes, axis=-2)
         lines = self.normal if mode == "normal" else self.low_latency
         fitting = [line for line in lines if line.nodes <= network.n_nodes]
         line = max(fitting, key=lambda line: line.nodes) if fitting else min(lines, key=lambda line: line.nodes)
@@ -89,5 +90,6 @@ class AlphaBeta(CommunicationCost):
             else (line.combine_alpha_s, line.combine_beta_bytes_per_s)
         )
         reaches = ranks > 0
-        np.fill_diagonal(reaches, False)
-        return np.where(reaches, alpha + np.maximum(sent, received) * bytes_per_token / beta, 0.0), reaches
+        reaches[..., np.arange(network.n_ranks), np.arange(network.n_ranks)] = False
+        seconds = alpha + np.maximum(sent, received) * bytes_per_token / beta * slowdown
+        return np.where(reaches, seconds, 0.0), reaches

@@ -8,6 +8,7 @@ and target, whatever the number of ranks.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -29,16 +30,22 @@ class Hop:
     latency_s: F64
 
     def load(self, amount: F64, n_links: int) -> F64:
-        """Return the [L] sum of ``amount`` [n_flows] over every flow that crosses each link."""
-        # An empty bincount comes back as integers.
-        return np.bincount(self.link, weights=amount[self.flow], minlength=n_links).astype(np.float64, copy=False)
+        """Return the [..., L] sum of ``amount`` [..., n_flows] over every flow that crosses each link."""
+        rows = amount.reshape(math.prod(amount.shape[:-1]), amount.shape[-1])
+        total = np.empty((len(rows), n_links))
+        # One row at a time stays in the cache, and a row has the bits it would have alone.
+        for i, row in enumerate(rows):
+            total[i] = np.bincount(self.link, weights=row[self.flow], minlength=n_links)
+        return total.reshape(*amount.shape[:-1], n_links)
 
     def slowest(self, link_time_s: F64) -> F64:
-        """Return the [n_flows] largest time among each flow's links; 0 for a flow without links."""
-        # The padding index -1 reads the extra last entry.
-        padded = np.append(link_time_s, 0.0)
-        slowest: F64 = padded[self.links].max(axis=1, initial=0.0)
-        return slowest
+        """Return the largest of ``link_time_s`` [..., L] among each flow's links, [..., n_flows]; 0 without links."""
+        rows = link_time_s.reshape(math.prod(link_time_s.shape[:-1]), link_time_s.shape[-1])
+        slowest = np.empty((len(rows), len(self.links)))
+        for i, row in enumerate(rows):
+            # The padding index -1 reads the extra last entry.
+            slowest[i] = np.append(row, 0.0)[self.links].max(axis=1, initial=0.0)
+        return slowest.reshape(*link_time_s.shape[:-1], len(self.links))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,7 +58,7 @@ class Incidence:
     forward: Hop
 
 
-class _Same:
+class Same:
     """A cache key that is equal to itself only; holding the network keeps its identity from being reused."""
 
     __slots__ = ("network",)
@@ -63,7 +70,7 @@ class _Same:
         return id(self.network)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.network is self.network
+        return isinstance(other, Same) and other.network is self.network
 
 
 def _hop(network: Network, source: npt.NDArray[np.int64], target: npt.NDArray[np.int64]) -> Hop:
@@ -75,11 +82,11 @@ def _hop(network: Network, source: npt.NDArray[np.int64], target: npt.NDArray[np
 
 def incidence(network: Network) -> Incidence:
     """Return the flows of ``network``, computed once per network object."""
-    return _incidence(_Same(network))
+    return _incidence(Same(network))
 
 
 @lru_cache(maxsize=8)
-def _incidence(key: _Same) -> Incidence:
+def _incidence(key: Same) -> Incidence:
     network = key.network
     ranks = np.arange(network.n_ranks)
     per_node = min(network.ranks_per_node, network.n_ranks)
@@ -97,24 +104,30 @@ def _incidence(key: _Same) -> Incidence:
 
 
 def forwarded_tokens(network: Network, rank_tokens: F64) -> F64:
-    """Return [R, P]: tokens that position j of r's node hands to r on the second hop (r's own position included)."""
+    """Return [..., R, P]: tokens that position j of r's node hands to r on the second hop (own position included)."""
     per_node = min(network.ranks_per_node, network.n_ranks)
-    total: F64 = rank_tokens.reshape(-1, per_node, network.n_ranks).sum(axis=0)
+    batch = rank_tokens.shape[:-2]
+    total: F64 = rank_tokens.reshape(*batch, -1, per_node, network.n_ranks).sum(axis=-3)
     return total
 
 
 def link_bytes(
     network: Network, *, rank_tokens: npt.ArrayLike, node_tokens: npt.ArrayLike, bytes_per_token: float, mode: Mode
 ) -> F64:
-    """Return the bytes [L] on every link in one dispatch; a combine puts the same on the reverse links.
+    """Return the bytes [..., L] on every link in one dispatch; a combine puts the same on the reverse links.
 
     Arguments and errors as `sim.cost.CommunicationCost.pair_times_s`.
     """
     ranks, nodes = checked_tokens(network, rank_tokens, node_tokens)
     flows, n_links = incidence(network), len(network.link_names)
     if mode == "low_latency":
-        tokens = flows.direct.load(ranks.ravel(), n_links)
+        tokens = flows.direct.load(_flat(ranks), n_links)
     else:
-        tokens = flows.rail.load(nodes.ravel(), n_links)
-        tokens = tokens + flows.forward.load(forwarded_tokens(network, ranks).ravel(), n_links)
+        tokens = flows.rail.load(_flat(nodes), n_links)
+        tokens = tokens + flows.forward.load(_flat(forwarded_tokens(network, ranks)), n_links)
     return tokens * bytes_per_token
+
+
+def _flat(matrix: F64) -> F64:
+    """Return [..., a, b] as [..., a * b], the order of a hop's flows."""
+    return matrix.reshape(*matrix.shape[:-2], -1)

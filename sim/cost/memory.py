@@ -15,12 +15,13 @@ def training_memory_bytes(
     gradient_bytes: float = 4.0,
     optimizer_bytes: float = 8.0,
     tokens_in_flight: float = 0.0,
-    layers: int = 0,
+    layers: float = 0,
     hidden_size: int = 0,
     kept_bytes_per_hidden: float = 15.0,
     expert_pairs_per_token: float = 0.0,
     moe_intermediate_size: int = 0,
     pair_element_bytes: float = 2.0,
+    logit_bytes: float = 0.0,
 ) -> dict[str, float]:
     """Return the bytes per device of a training rank by item, with ``total`` last.
 
@@ -30,7 +31,7 @@ def training_memory_bytes(
     1910.02054). Activations of ``tokens_in_flight`` tokens (micro-batch size times micro-batches alive in the
     pipeline) in ``layers`` layers: ``kept_bytes_per_hidden`` x h per token for attention (11) and norms (4), scores
     not kept (Korthikanti et al., arXiv 2205.05198, eq. 1), and per (token, expert) pair, shared experts included, input
-    h and gate, up and product 3m at ``pair_element_bytes``; nothing is recomputed. Raises ValueError for negative
+    h and gate, up and product 3m at ``pair_element_bytes``. logit_bytes: of the output head. Raises ValueError for negative
     counts or shards below 1.
     """
     _check_counts(
@@ -51,6 +52,7 @@ def training_memory_bytes(
             "optimizer": shares * optimizer_bytes,
             "activations": tokens_in_flight * layers * kept_bytes_per_hidden * hidden_size,
             "expert_activations": tokens_in_flight * layers * expert_pairs_per_token * pair,
+            "logits": logit_bytes,
         }
     )
 

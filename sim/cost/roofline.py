@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sim.cost import ComputeCost, Part, Pass
+from sim.cost.attention import AttentionShape, Phase, attention_work
 from sim.hardware import BYTES_PER_ELEMENT, Device, Dtype, Fraction
 from sim.tokens import F64
 
@@ -79,16 +80,24 @@ class Roofline(ComputeCost):
         device: Device,
         *,
         tokens: npt.ArrayLike,
-        flops_per_token: npt.ArrayLike,
-        weight_bytes: npt.ArrayLike,
-        activation_bytes_per_token: npt.ArrayLike,
+        in_features: npt.ArrayLike,
+        out_features: npt.ArrayLike,
         dtype: Dtype,
         sm_fraction: npt.ArrayLike = 1.0,
         part: Part = "forward",
+        quantise: bool = False,
     ) -> F64:
-        n = f64(tokens)
-        moved = f64(weight_bytes) + n * f64(activation_bytes_per_token)
-        return self._bound(device, n * f64(flops_per_token), moved, dtype, sm_fraction)
+        m, k, n = f64(tokens), f64(in_features), f64(out_features)
+        element = BYTES_PER_ELEMENT[dtype]
+        moved = {
+            "forward": (n * k + m * k) * element + m * n * 2,
+            "dgrad": (n * k + m * n) * element + m * k * 2,
+            "wgrad": m * (n + k) * element + n * k * 8,
+        }[part]
+        seconds = self._bound(device, 2 * m * n * k, moved, dtype, sm_fraction)
+        if quantise and dtype != "bf16":
+            seconds = seconds + self.elementwise_s(device, bytes=m * k * (2 + element))
+        return seconds
 
     def attention_core_s(
         self,
@@ -99,14 +108,29 @@ class Roofline(ComputeCost):
         dtype: Dtype,
         sm_fraction: npt.ArrayLike = 1.0,
         direction: Pass = "forward",
-        bytes_per_token: npt.ArrayLike = 0.0,
     ) -> F64:
-        n = f64(tokens)
-        flops = n * f64(flops_per_token) * (BACKWARD_ATTENTION if direction == "backward" else 1.0)
-        return self._bound(device, flops, n * f64(bytes_per_token), dtype, sm_fraction)
+        flops = f64(tokens) * f64(flops_per_token) * (BACKWARD_ATTENTION if direction == "backward" else 1.0)
+        return self._bound(device, flops, 0.0, dtype, sm_fraction)
 
-    def elementwise_s(self, device: Device, *, bytes: npt.ArrayLike) -> F64:
-        return f64(bytes) / (device.memory_bandwidth_bytes_per_s * self.efficiency)
+    def attention_s(
+        self,
+        device: Device,
+        *,
+        shape: AttentionShape,
+        phase: Phase,
+        query_tokens: npt.ArrayLike,
+        kv_tokens: npt.ArrayLike,
+        cache_bytes_per_element: float = 2.0,
+        window: int | None = None,
+        sm_fraction: npt.ArrayLike = 1.0,
+    ) -> F64:
+        flops, moved = attention_work(
+            shape, phase, query_tokens, kv_tokens, cache_bytes_per_element=cache_bytes_per_element, window=window
+        )
+        return self._bound(device, flops, moved, "bf16", sm_fraction)
+
+    def elementwise_s(self, device: Device, *, bytes: npt.ArrayLike, kernels: npt.ArrayLike = 0) -> F64:
+        return f64(bytes) / (device.memory_bandwidth_bytes_per_s * self.efficiency) + 0 * f64(kernels)
 
     def provenance(self, device: Device) -> str:
         return f"data sheet of {device.name} at efficiency {self.efficiency:g} ({device.source})"

@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
+from sim.cost import Part
 from sim.engine.durations import Way
 from sim.engine.plan import Stream
+from sim.pipeline.blocks import Block
 
 # How one layer's phases of two interleaved chains share the streams: phases of equal slot stand side by side.
 _SLOT = {
@@ -26,14 +28,6 @@ _SLOT_BACKWARD = {
     "attention": 4, "tensor_parallel": 5,
 }  # fmt: skip
 _COMMUNICATION = ("dispatch", "combine", "tensor_parallel")
-
-
-class Block(NamedTuple):
-    """What a chain passes: a layer, or the output head. index: unique within the model. layer: whose sizes and routing."""
-
-    index: int
-    layer: int
-    kind: Literal["moe", "dense", "head"]
 
 
 class Key(NamedTuple):
@@ -87,6 +81,11 @@ def interleave(chains: Sequence[list[list[Item]]]) -> list[Item]:
     return merged
 
 
+def expert_part(key: Key) -> Part:
+    """Return which pass over the routed experts the operation is."""
+    return "wgrad" if key.phase == "experts_wgrad" else "forward" if key.way == "forward" else "dgrad"
+
+
 def _items(
     number: int, way: Way, block: Block, before: tuple[Key, ...], shared: bool, tensor_parallel: bool
 ) -> list[Item]:
@@ -102,7 +101,7 @@ def _items(
     if way == "weights":  # put off: nothing to exchange, nothing between the products
         phases = {"moe": ["shared_experts"] * shared + ["experts_wgrad", "attention"], "dense": ["dense_ffn", "attention"]}
         return [item(phase, before) for phase in phases.get(block.kind, ["head"])]
-    if block.kind == "head":
+    if block.kind in ("head", "mtp_head"):
         return [item("head", before)]
     items: list[Item] = []
     if block.kind == "moe":

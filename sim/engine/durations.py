@@ -5,16 +5,18 @@ from __future__ import annotations
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from sim.cost import Direction, Part
 from sim.cost.collectives import all_reduce_s
-from sim.cost.elementwise import elementwise_bytes_per_token
+from sim.cost.elementwise import expert_pair_bytes, trunk_bytes
 from sim.exchange import Exchange, by_rank, token_bytes
-from sim.hardware import BYTES_PER_ELEMENT, Dtype
+from sim.hardware import Dtype
 from sim.model import Model
 from sim.network import Network
+from sim.pipeline.blocks import Block, head_flops
 from sim.scenario import Policy, Scenario
-from sim.tokens import I64
+from sim.tokens import F64, I64
 from sim.units import to_ps
 
 Way = Literal["forward", "backward", "input", "weights"]
@@ -25,6 +27,21 @@ PARTS: dict[Way, tuple[Part, ...]] = {
     "input": ("dgrad",),
     "weights": ("wgrad",),
 }
+
+
+def slowdowns(scenario: Scenario, policy: Policy) -> F64:
+    """Return [pipeline rank, group, EP rank]: factors on compute times from the scenario's stragglers."""
+    parallel = scenario.parallel_of(policy)
+    factors = np.ones((parallel.pp_size, parallel.ep_groups, parallel.ep_size))
+    for slow in scenario.stragglers:
+        if slow.device < factors.size:  # a policy of its own size may have fewer devices
+            factors.flat[slow.device] = slow.slowdown
+    return factors
+
+
+def slowed_ps(duration_ps: I64, slowdown: F64) -> I64:
+    """Return compute times [..., P] on devices with factors ``slowdown`` [P], rounded to picoseconds."""
+    return duration_ps if (slowdown == 1).all() else np.rint(duration_ps * slowdown).astype(np.int64)
 
 
 class Durations:
@@ -45,25 +62,22 @@ class Durations:
         self.overlapped = overlapped
         lent = self.cost.communication.sms(self.cost.mode) if self.model.is_moe and self.n_ranks > 1 else 0
         self.sm_fraction = (self.device.n_sm - lent) / self.device.n_sm if overlapped else 1.0
-        self.element = BYTES_PER_ELEMENT[self.cost.gemm_dtype]
         self.moe_index = {layer: i for i, layer in enumerate(self.model.moe_layers)}
         self.billed_expert_flops = 0
-        self._even: dict[tuple[bool, str, Way], int] = {}
+        self._even: dict[tuple[str, str, Way], int] = {}
 
     def gemm_s(self, flops: float, parameters: float, width: int, way: Way, dtype: Dtype | None = None) -> float:
         """Seconds of a dense product of ``flops`` per token; split over the tensor-parallel ranks."""
         if flops <= 0:
             return 0.0
         shards, dtype = self.parallel.tp_size, dtype or self.cost.gemm_dtype
-        element = BYTES_PER_ELEMENT[dtype]
         return sum(
             float(
                 self.cost.compute.gemm_s(
                     self.device,
                     tokens=self.tokens * shards,
-                    flops_per_token=flops / shards,
-                    weight_bytes=parameters / shards * element,
-                    activation_bytes_per_token=2.0 * width * element,
+                    in_features=width,
+                    out_features=parameters / shards / width,
                     dtype=dtype,
                     sm_fraction=self.sm_fraction,
                     part=part,
@@ -72,9 +86,9 @@ class Durations:
             for part in PARTS[way]
         )
 
-    def even_ps(self, layer: int, phase: str, way: Way) -> int:
-        """Picoseconds of a phase that does not depend on routing; equal for all ranks and all layers of one sort."""
-        key = (layer in self.moe_index, phase, way)
+    def even_ps(self, block: Block, phase: str, way: Way) -> int:
+        """Picoseconds of a phase that does not depend on routing; equal for all ranks and all blocks of one kind."""
+        key = (block.kind, phase, way)
         if key not in self._even:
             seconds = {
                 "attention": self._attention_s,
@@ -82,13 +96,13 @@ class Durations:
                 "dense_ffn": self._dense_s,
                 "tensor_parallel": self._tensor_parallel_s,
                 "head": self._head_s,
-            }[phase](layer, way)
+            }[phase](block, way)
             self._even[key] = int(to_ps(np.asarray(seconds)))
         return self._even[key]
 
-    def _attention_s(self, layer: int, way: Way) -> float:
-        """Projections, router, core and the elementwise kernels of a layer."""
-        model, heads = self.model, self.model.num_attention_heads
+    def _attention_s(self, block: Block, way: Way) -> float:
+        """Projections, router, core and the elementwise kernels of a layer, without those of its FFN."""
+        model, layer, heads = self.model, block.layer, self.model.num_attention_heads
         flops = model.layer_flops_per_token(layer, self.scenario.schedule.sequence_length)
         weights = model.layer_parameters(layer)
         seconds = self.gemm_s(
@@ -99,6 +113,9 @@ class Durations:
         )
         if way == "weights":
             return seconds
+        if way != "forward" and self.scenario.schedule.recompute == "selective":
+            again = model.up_projection_parameters  # norms and SwiGLU are in the elementwise constants, set on such a run
+            seconds += self.gemm_s(2 * again, again, model.hidden_size, "forward")
         direction: Literal["forward", "backward"] = "forward" if way == "forward" else "backward"
         core = self.cost.compute.attention_core_s(
             self.device,
@@ -114,27 +131,33 @@ class Durations:
             or model.hidden_size // heads
         )
         v = model.v_head_dim or model.head_dim or model.hidden_size // heads
-        is_moe = layer in self.moe_index
-        width = model.moe_intermediate_size if is_moe else model.intermediate_size
-        per_token = elementwise_bytes_per_token(
-            hidden_size=model.hidden_size,
-            moe_intermediate_size=width or 0,
-            num_experts_per_tok=model.num_experts_per_tok if is_moe else 1,
-            attention_width=2 * heads * (qk + v),
-            direction=direction,
+        per_token = trunk_bytes(
+            hidden_size=model.hidden_size, attention_width=2 * heads * (qk + v), direction=direction
         )
         elementwise = self.cost.compute.elementwise_s(self.device, bytes=self.tokens * per_token)
         return seconds + float(core) + float(elementwise)
 
-    def _shared_s(self, layer: int, way: Way) -> float:
-        flops = self.model.layer_flops_per_token(layer, self.scenario.schedule.sequence_length).shared_experts
-        return self.gemm_s(flops, self.model.layer_parameters(layer).shared_experts, self.model.hidden_size, way)
+    def _shared_s(self, block: Block, way: Way) -> float:
+        flops = self.model.layer_flops_per_token(block.layer, self.scenario.schedule.sequence_length).shared_experts
+        return self.gemm_s(flops, self.model.layer_parameters(block.layer).shared_experts, self.model.hidden_size, way)
 
-    def _dense_s(self, layer: int, way: Way) -> float:
-        flops = self.model.layer_flops_per_token(layer, self.scenario.schedule.sequence_length).dense_ffn
-        return self.gemm_s(flops, self.model.layer_parameters(layer).dense_ffn, self.model.hidden_size, way)
+    def _dense_s(self, block: Block, way: Way) -> float:
+        flops = self.model.layer_flops_per_token(block.layer, self.scenario.schedule.sequence_length).dense_ffn
+        seconds = self.gemm_s(flops, self.model.layer_parameters(block.layer).dense_ffn, self.model.hidden_size, way)
+        return seconds + float(self._pairs_s(self.tokens, self.model.hidden_size, self.model.intermediate_size, way))
 
-    def _tensor_parallel_s(self, layer: int, way: Way) -> float:
+    def _pairs_s(self, pairs: npt.ArrayLike, hidden_size: int, width: int | None, way: Way) -> F64:
+        """Elementwise kernels (permutation, SwiGLU, quantisation) of an FFN; none belong to the weight gradient."""
+        if way == "weights":
+            return np.zeros(np.shape(pairs))
+        per_pair = expert_pair_bytes(
+            hidden_size=hidden_size,
+            moe_intermediate_size=width or 0,
+            direction="forward" if way == "forward" else "backward",
+        )
+        return self.cost.compute.elementwise_s(self.device, bytes=np.asarray(pairs, np.float64) * per_pair)
+
+    def _tensor_parallel_s(self, block: Block, way: Way) -> float:
         """Two all-reduces of the group's hidden states, in each direction (Megatron, arXiv 1909.08053, section 3)."""
         if way == "weights":
             return 0.0
@@ -142,18 +165,19 @@ class Durations:
         message = self.tokens * shards * self.model.hidden_size * 2.0
         return 2 * float(all_reduce_s(self.scenario.cluster, shards, message, shards))
 
-    def _head_s(self, layer: int, way: Way) -> float:
+    def _head_s(self, block: Block, way: Way) -> float:
         """The output matrix in bf16 (DeepSeek-V3 report, section 3.3.1), and the logits through memory: bf16, written
         and read once in either direction."""
-        size = self.model.vocab_size * self.model.hidden_size
-        seconds = self.gemm_s(2 * size, size, self.model.hidden_size, way, "bf16")
+        flops = head_flops(self.model, block)
+        seconds = self.gemm_s(flops, flops / 2, self.model.hidden_size, way, "bf16")
         if way == "weights":
             return seconds
         logits = self.tokens * 2.0 * 2 * self.model.vocab_size
         return seconds + float(self.cost.compute.elementwise_s(self.device, bytes=logits))
 
     def experts_ps(self, exchange: Exchange, part: Part) -> I64:
-        """Picoseconds [..., P] of each rank's routed experts for one micro-batch and pass."""
+        """Picoseconds [..., P] of each rank's routed experts for one micro-batch and pass: their GEMMs, and the
+        elementwise kernels of the pairs that it computes."""
         per_expert = exchange.rows
         local = by_rank(per_expert, exchange.expert_rank, self.n_ranks)
         self.billed_expert_flops += int(per_expert.sum()) * self.model.expert_flops
@@ -167,7 +191,12 @@ class Durations:
             sm_fraction=self.sm_fraction,
             part=part,
         )
-        return to_ps(np.where(local.any(axis=-1), seconds, 0.0))
+        way: Way = {"forward": "forward", "dgrad": "input", "wgrad": "weights"}[part]  # type: ignore[assignment]
+        pairs = local.sum(axis=-1)
+        seconds = seconds + self._pairs_s(
+            pairs, self.model.dispatch_hidden_size, self.model.moe_intermediate_size, way
+        )
+        return to_ps(np.where(pairs > 0, seconds, 0.0))
 
     def transfer_ps(self, exchange: Exchange, direction: Direction) -> tuple[I64, I64]:
         """Picoseconds ([..., P], [..., P, P]) of a dispatch, or of the combine that brings the same tokens back."""
@@ -179,6 +208,7 @@ class Durations:
             bytes_per_token=token_bytes(self.model.dispatch_hidden_size, dtype),
             mode=self.cost.mode,
             direction=direction,
+            slowdown=self.cost.communication.overlap_slowdown(direction, self.cost.mode) if self.overlapped else 1.0,
         )
         if direction == "combine":
             seconds, reaches = np.swapaxes(seconds, -1, -2), np.swapaxes(reaches, -1, -2)

@@ -94,7 +94,9 @@ def simulate(programs: Programs, duration_ps: Sequence[I64], transfer_ps: int) -
     for rank, program in enumerate(programs):
         for chunk in program:
             for key in passes(chunk):
-                events[key], maker[key] = env.event(), rank
+                maker[key] = rank
+            for key in (*passes(chunk), *_needs(chunk, n_ranks)):
+                events.setdefault(key, env.event())
 
     def run(rank: int) -> simpy.events.ProcessGenerator:
         for i, chunk in enumerate(programs[rank]):

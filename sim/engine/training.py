@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from sim.conservation import check_flops
-from sim.engine.chain import Block, Item, Key, chain, ends, interleave
-from sim.engine.durations import Durations, Way
+from sim.engine.chain import Item, Key, chain, ends, expert_part, interleave
+from sim.engine.durations import Durations, Way, slowdowns, slowed_ps
 from sim.engine.plan import Op, Plan
 from sim.exchange import Exchange
-from sim.model import Model
 from sim.network import Network
+from sim.pipeline.blocks import layer_blocks
 from sim.scenario import Policy, Scenario
 from sim.tokens import I64
 
@@ -26,12 +26,6 @@ class Work:
     policy: Policy
     network: Network
     exchanges: Sequence[Sequence[Exchange]]
-
-
-def layer_blocks(model: Model) -> list[Block]:
-    """Return the layers of ``model`` in forward order."""
-    experts = set(model.moe_layers)
-    return [Block(i, i, "moe" if i in experts else "dense") for i in range(model.num_hidden_layers)]
 
 
 def build_plan(work: Work) -> Plan:
@@ -71,13 +65,15 @@ def build_plan(work: Work) -> Plan:
             return transfers[at]
         if phase in ("experts", "experts_wgrad"):
             exchange = work.exchanges[d.moe_index[layer]][key.chain]
-            part = "wgrad" if phase == "experts_wgrad" else "forward" if key.way == "forward" else "dgrad"
-            return d.experts_ps(exchange, part), None
-        return np.full(d.n_ranks, d.even_ps(layer, phase, key.way), dtype=np.int64), None
+            return d.experts_ps(exchange, expert_part(key)), None
+        return np.full(d.n_ranks, d.even_ps(key.block, phase, key.way), dtype=np.int64), None
 
+    slowdown = slowdowns(scenario, work.policy)[0, 0]
     ops = []
     for item in program:
         key, (duration_ps, transfer_ps) = item.key, duration(item.key)
+        if item.stream == "compute":
+            duration_ps = slowed_ps(duration_ps, slowdown)
         after = tuple(sorted(index[before] for before in item.after))
         backward = key.way != "forward"
         ops.append(Op(key.phase, key.block.layer, key.chain, backward, item.stream, after, duration_ps, transfer_ps))

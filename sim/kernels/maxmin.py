@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+TIED = 1 - 1e-9  # rates this near are equal but for rounding
+
 
 @njit(cache=True, nogil=True)
 def fill(links, start, members, residual, crossing, pending, rates):  # type: ignore[no-untyped-def]
@@ -42,17 +44,17 @@ def fill(links, start, members, residual, crossing, pending, rates):  # type: ig
 
 
 @njit(cache=True, nogil=True)
-def drain(links, start, members, capacity, left, begin, order, slack, finish):  # type: ignore[no-untyped-def]
+def drain(links, start, members, capacity, left, begin, order, slack, last_slack, finish):  # type: ignore[no-untyped-def]
     """As `sim.cost.maxmin.drain_plain`."""
     n_flows, width = links.shape
     n_links = len(capacity)
-    running = np.zeros(n_flows, dtype=np.bool_)
     pending = np.zeros(n_flows, dtype=np.bool_)
     rates = np.zeros(n_flows, dtype=np.float64)
     since = np.zeros(n_flows, dtype=np.float64)
     residual = np.empty(n_links, dtype=np.float64)
     crossing = np.empty(n_links, dtype=np.int64)
     kept = np.empty(n_links, dtype=np.float64)
+    alive = np.empty(n_flows, dtype=np.int64)  # the running flows, ascending: the first n_running
     now, arrived, n_running, solves = 0.0, 0, 0, 0
     floor = 0.0
     while True:
@@ -61,54 +63,66 @@ def drain(links, start, members, capacity, left, begin, order, slack, finish):  
                 break
             now = begin[order[arrived]]
             floor = 0.0
+        before = n_running
         while arrived < n_flows and begin[order[arrived]] <= now:
             flow = order[arrived]
-            running[flow] = True
             since[flow] = now
             rates[flow] = np.inf
+            alive[n_running] = flow
             n_running += 1
             arrived += 1
             floor = 0.0
+        if n_running > before:
+            alive[:n_running].sort()
         for link in range(n_links):
             kept[link] = 0.0
             crossing[link] = 0
         latest = -np.inf
-        for flow in range(n_flows):
-            if running[flow]:
-                latest = max(latest, begin[flow])
-                if rates[flow] >= floor:
-                    pending[flow] = True
-                    if since[flow] < now:
-                        left[flow] -= rates[flow] * (now - since[flow])
-                        since[flow] = now
-                    for h in range(width):
-                        if links[flow, h] >= 0:
-                            crossing[links[flow, h]] += 1
-                else:
-                    for h in range(width):
-                        if links[flow, h] >= 0:
-                            kept[links[flow, h]] += rates[flow]
+        for i in range(n_running):
+            flow = alive[i]
+            latest = max(latest, begin[flow])
+            if rates[flow] >= floor:
+                pending[flow] = True
+                if since[flow] < now:
+                    left[flow] -= rates[flow] * (now - since[flow])
+                    since[flow] = now
+                for h in range(width):
+                    if links[flow, h] >= 0:
+                        crossing[links[flow, h]] += 1
+            else:
+                for h in range(width):
+                    if links[flow, h] >= 0:
+                        kept[links[flow, h]] += rates[flow]
         for link in range(n_links):
             residual[link] = capacity[link] - kept[link]
         first = np.inf
         fill(links, start, members, residual, crossing, pending, rates)
         solves += 1
-        for flow in range(n_flows):
-            if running[flow]:
-                if since[flow] == now:
-                    finish[flow] = now + left[flow] / rates[flow]
-                if finish[flow] < first:
-                    first = finish[flow]
+        for i in range(n_running):
+            flow = alive[i]
+            if since[flow] == now:
+                finish[flow] = now + left[flow] / rates[flow]
+            first = min(first, finish[flow])
         coming = begin[order[arrived]] if arrived < n_flows else np.inf
         if coming < first:
             now, floor = coming, 0.0
             continue
         limit = min(first + slack * (first - latest), coming)
-        now, floor = first, np.inf
-        for flow in range(n_flows):
-            if running[flow] and finish[flow] <= limit:
-                running[flow] = False
-                n_running -= 1
+        ending = 0
+        for i in range(n_running):
+            if finish[alive[i]] <= limit:
+                ending += 1
+        if ending == n_running:
+            limit = min(first + last_slack * (first - latest), coming)
+        last, floor, stay = first, np.inf, 0
+        for i in range(n_running):
+            flow = alive[i]
+            if finish[flow] <= limit:
                 floor = min(floor, rates[flow])
-                now = max(now, finish[flow])
+                last = max(last, finish[flow])
+            else:
+                alive[stay] = flow
+                stay += 1
+        n_running = stay
+        now, floor = first + (last - first) / 2, floor * TIED
     return solves

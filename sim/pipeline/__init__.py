@@ -8,8 +8,10 @@ gradients of its weights (zero bubble, arXiv 2401.10241); a later chunk then mak
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from itertools import accumulate
+from math import inf
 from typing import Literal, NamedTuple
 
 from sim.plugin import Plugin
@@ -87,7 +89,8 @@ def alive(program: Sequence[Chunk], weight: Sequence[float]) -> float:
 def split_layers(cost: tuple[float, ...], pp_size: int) -> tuple[range, ...]:
     """Cut ``cost`` (one entry per layer) into ``pp_size`` runs, none empty, whose dearest is as cheap as possible.
 
-    Ties give early stages as few layers as they can. Raises ValueError for fewer layers than stages.
+    Among these, the runs with the least sum of squares; then early stages with as few layers as they can. Raises
+    ValueError for fewer layers than stages.
 
     >>> split_layers((1.0, 1.0, 1.0, 3.0), 2)
     (range(0, 3), range(3, 4))
@@ -95,20 +98,29 @@ def split_layers(cost: tuple[float, ...], pp_size: int) -> tuple[range, ...]:
     n = len(cost)
     if not 1 <= pp_size <= n:
         raise ValueError(f"{n} layers cannot fill {pp_size} stages")
-    total = [0.0]
-    for value in cost:
-        total.append(total[-1] + value)
-    # best[s][i]: the dearest stage when layers i.. fill s stages.
-    best = [[float("inf")] * (n + 1) for _ in range(pp_size + 1)]
-    best[0][n] = 0.0
-    for stages in range(1, pp_size + 1):
-        for i in range(n - stages, -1, -1):
-            best[stages][i] = min(
-                max(total[j] - total[i], best[stages - 1][j]) for j in range(i + 1, n - stages + 2)
-            )
+    total = [0.0, *accumulate(cost)]
+
+    def best(limit: float, join: Callable[[float, float], float]) -> list[list[float]]:
+        """[s][i]: the least value when layers i.. fill s stages, none dearer than ``limit``."""
+        least = [[inf] * (n + 1) for _ in range(pp_size + 1)]
+        least[0][n] = 0.0
+        for stages in range(1, pp_size + 1):
+            for i in range(n - stages, -1, -1):
+                for j in range(i + 1, n - stages + 2):
+                    if total[j] - total[i] > limit:
+                        break
+                    least[stages][i] = min(least[stages][i], join(total[j] - total[i], least[stages - 1][j]))
+        return least
+
+    limit = best(inf, max)[pp_size][0] * (1 + 1e-12)
+    squares = best(limit, lambda mine, rest: mine * mine + rest)
     cuts, i = [], 0
     for stages in range(pp_size, 0, -1):
-        j = next(j for j in range(i + 1, n + 1) if max(total[j] - total[i], best[stages - 1][j]) <= best[stages][i])
-        cuts.append(range(i, j))
-        i = j
+        options = [
+            ((total[j] - total[i]) ** 2 + squares[stages - 1][j], j)
+            for j in range(i + 1, n + 1)
+            if total[j] - total[i] <= limit
+        ]
+        cuts.append(range(i, min(options)[1]))
+        i = cuts[-1].stop
     return tuple(cuts)

@@ -73,6 +73,11 @@ class Traffic(Plugin):
         """Sentences that a report must print beside results made with this traffic."""
         return ()
 
+    @property
+    def longest_sequence(self) -> int | None:
+        """Tokens of the longest sequence, where that is known before the traffic starts."""
+        return None
+
     def fingerprint(self) -> str:
         """Return the SHA-256 of the recorded data behind the traffic, or nothing: part of a run's identity."""
         return ""

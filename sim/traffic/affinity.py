@@ -128,6 +128,10 @@ class Affinity(Traffic):
     def token_frequency(self) -> F64 | None:
         return None if self.vocabulary is None else self.vocabulary.frequency()
 
+    @property
+    def longest_sequence(self) -> int | None:
+        return self.sequence_length
+
     def start(self, shape: TrafficShape, seed: int, replica: int) -> Source:
         return AffinitySource(self, shape, seed, replica)
 

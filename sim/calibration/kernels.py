@@ -1,0 +1,144 @@
+"""Tables of single kernels, dense GEMM and attention: which kernel a table is of, its fit, and the YAML block of it.
+
+Each kernel is fitted to two thirds of its shapes and judged on the other third and beside H100's constants carried over
+by spec ratio; of more than ``MOST_ROWS`` rows a fixed sample is fitted to, all are judged.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from sim.calibration import attention, gemm
+from sim.calibration.attention import Family
+from sim.cost import h100
+from sim.cost.attention import Phase
+from sim.hardware import AttentionKernel, DenseGemm, Device, Kernels
+from sim.tokens import F64, Bool
+from sim.units import human
+
+MOST_ROWS = 4000
+
+
+@dataclass(frozen=True, slots=True)
+class KernelFit:
+    """One fitted kernel. key: its name in a cluster's ``kernels`` block. Errors are mean absolute relative ones."""
+
+    key: str
+    constants: DenseGemm | AttentionKernel
+    rows: int
+    fitted_error: float
+    other_shapes_error: float
+    transferred_error: float
+
+
+def knows(table: pd.DataFrame) -> bool:
+    """Return whether ``table`` is one of dense products or attention."""
+    columns = set(table.columns)
+    return {"gemm_dtype", "m", "n", "k"} <= columns or {"batch_size", "num_heads", "isl", "step"} <= columns
+
+
+def load(path: str) -> pd.DataFrame | None:
+    """Return the table at ``path`` if it is one of these kernels, else None, for another reader to say what it is."""
+    file = Path(path)
+    try:
+        table = pd.read_parquet(file) if file.suffix == ".parquet" else pd.read_csv(file)
+    except (ValueError, OSError):
+        return None
+    return table if knows(table) else None
+
+
+def fit_table(table: pd.DataFrame, device: Device, source: str) -> list[KernelFit]:
+    """Return the fits of all kernels that a table holds and ``device`` has formats for.
+
+    ValueError: no known columns, or no usable rows.
+    """
+    if not knows(table):
+        raise ValueError(
+            "no table of dense products (gemm_dtype, m, n, k) or attention (batch_size, num_heads, isl, step)"
+        )
+    fits = list(_gemms(table, device, source) if "gemm_dtype" in table else _attention(table, device, source))
+    if not fits:
+        raise ValueError(f"no rows in a number format of {device.name}; the table has {_formats(table)}")
+    return fits
+
+
+def _formats(table: pd.DataFrame) -> str:
+    return ", ".join(sorted(map(str, table.gemm_dtype.unique()))) if "gemm_dtype" in table else "no attention rows"
+
+
+def _gemms(table: pd.DataFrame, device: Device, source: str) -> Iterator[KernelFit]:
+    bare = device.model_copy(update={"kernels": Kernels()})
+    for name, dtype in gemm.DTYPES.items():
+        if getattr(device.peak_flops_per_s, dtype) is None or name not in set(table.gemm_dtype):
+            continue
+        rows = gemm.gemm_rows(table, dtype)
+        apart = gemm.held_out(rows)
+        fit = gemm.fit_gemm(_sample(rows[~apart]), dtype, device, source)
+        yield _judged(
+            f"gemm_{dtype}", fit, rows, apart,
+            gemm.predict_s(fit, rows, dtype, device.n_sm),
+            gemm.predict_s(h100.gemm(bare, dtype), rows, dtype, device.n_sm),
+        )  # fmt: skip
+
+
+def _attention(table: pd.DataFrame, device: Device, source: str) -> Iterator[KernelFit]:
+    family: Family = "gqa" if "num_key_value_heads" in table else "mla"
+    # Decode tables have one query per request; a prefill table has longer ones too.
+    phase: Phase = "decode" if (table.isl == 1).all() else "prefill"
+    bare = device.model_copy(update={"kernels": Kernels()})
+    rows = attention.attention_rows(table, family, phase)
+    apart = attention.held_out(rows)
+    fit = attention.fit_attention(_sample(rows[~apart]), family, phase, device, source)
+    yield _judged(
+        f"{family}_{phase}", fit, rows, apart,
+        attention.predict_s(fit, rows, family, phase, device.n_sm),
+        attention.predict_s(h100.attention(bare, family, phase), rows, family, phase, device.n_sm),
+    )  # fmt: skip
+
+
+def _sample(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows.sample(min(MOST_ROWS, len(rows)), random_state=0)
+
+
+def _judged(
+    key: str, fit: DenseGemm | AttentionKernel, rows: pd.DataFrame, apart: Bool, ours: F64, transferred: F64
+) -> KernelFit:
+    seconds = rows.seconds.to_numpy(np.float64)
+    miss, carried = np.abs(ours / seconds - 1), np.abs(transferred / seconds - 1)
+    # A table of one or two shapes has nothing to hold out.
+    other = float(miss[apart].mean()) if apart.any() else float("nan")
+    return KernelFit(key, fit, len(rows), float(miss[~apart].mean()), other, float(carried.mean()))
+
+
+_UNIT: dict[str, Callable[[float], str]] = {
+    "flops_per_s": lambda value: human(value, "FLOP/s"),
+    "bytes_per_s": lambda value: human(value, "B/s"),
+    "_s": lambda value: f"{value * 1e6:.4g} us",
+}
+
+
+def block(fits: list[KernelFit]) -> str:
+    """Return the fits as entries of a cluster file's ``device.kernels``, errors in a comment."""
+    lines = []
+    for fit in fits:
+        lines += [f"{fit.key}:", f"  # {summary(fit)}"]
+        for name, value in fit.constants.model_dump(exclude_none=True).items():
+            if isinstance(value, float):
+                unit = next((write for end, write in _UNIT.items() if name.endswith(end)), lambda value: f"{value:.4g}")
+                value = unit(value)
+            lines.append(f"  {name}: {json.dumps(value) if name == 'source' else value}")
+    return "\n".join(lines) + "\n"
+
+
+def summary(fit: KernelFit) -> str:
+    """Return one line of rows and errors."""
+    return (
+        f"{fit.rows:,} rows: mean error {100 * fit.fitted_error:.1f} %, other shapes "
+        f"{100 * fit.other_shapes_error:.1f} %; H100's constants by spec ratio {100 * fit.transferred_error:.1f} %."
+    )

@@ -1,0 +1,99 @@
+"""A pipelined training step: chunks on every pipeline rank and EP group, then the optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from sim.cost.collectives import all_gather_s, point_to_point_s, reduce_scatter_s
+from sim.engine import pipeline
+from sim.pipeline import Chunk
+from sim.pipeline.blocks import block_parameters
+from sim.scenario import Policy, Scenario
+from sim.tokens import I64
+from sim.units import to_ps
+
+GRADIENT_BYTES, WEIGHT_BYTES = 4.0, 2.0
+# Per parameter of a device's shard, Adam reads the gradient (4), reads and writes the fp32 master weight (8) and two
+# bf16 moments (8), and writes the bf16 weight (2); formats of the DeepSeek-V3 report, section 3.3.1.
+ADAM_BYTES = 22.0
+
+PARTS = ("forward", "backward", "weight_gradients", "overlapped", "bubble", "optimizer")
+_PART_OF = {"input_gradients": "backward"}
+
+
+def programs(scenario: Scenario, policy: Policy) -> list[list[Chunk]]:
+    """Return the chunks of every pipeline rank."""
+    size = scenario.parallel_of(policy).pp_size
+    schedule = scenario.schedule
+    return [schedule.pipeline.program(rank, size, schedule.micro_batches) for rank in range(size)]
+
+
+def hop_s(scenario: Scenario, policy: Policy) -> float:
+    """Seconds that a micro-batch's hidden states (bf16) take from one stage to the next."""
+    parallel, model = scenario.parallel_of(policy), scenario.model_of(policy)
+    tokens = scenario.tokens_per_rank // scenario.schedule.micro_batches
+    domain = scenario.cluster.topology.domain(scenario.cluster)
+    devices = parallel.pp_size * parallel.ep_size * parallel.ep_groups
+    return float(point_to_point_s(scenario.cluster, tokens * model.hidden_size * 2.0, inter_node=devices > domain))
+
+
+def optimizer_s(scenario: Scenario, policy: Policy) -> float:
+    """Seconds of the optimiser on the slowest pipeline rank, ZeRO-1 (arXiv 1910.02054).
+
+    Gradients are reduced and scattered in fp32, each device updates its share, weights are gathered in bf16; dense
+    parameters over all data-parallel ranks of a stage (and its copies), routed experts over the stage's EP groups.
+    """
+    parallel, schedule, cluster = scenario.parallel_of(policy), scenario.schedule, scenario.cluster
+    model, stages = scenario.model_of(policy), scenario.stages(policy)
+    copies = schedule.pipeline.copies
+    domain = cluster.topology.domain(cluster)
+    dense_ranks = (parallel.dp_size or max(1, parallel.ep_size // parallel.tp_size)) * copies
+    per_node = max(1, min(domain // parallel.tp_size, dense_ranks))
+    expert_ranks = parallel.ep_groups * copies
+    slowest = 0.0
+    for rank in range(parallel.pp_size):
+        held = [
+            block_parameters(model, block)
+            for stage in schedule.pipeline.stages(rank, parallel.pp_size)
+            for block in stages[stage]
+        ]
+        dense = sum(d for d, _ in held) / parallel.tp_size
+        experts = sum(e for _, e in held) / parallel.ep_size
+        seconds = 0.0
+        for parameters, ranks, beside in ((dense, dense_ranks, per_node), (experts, expert_ranks, 1)):
+            seconds += float(reduce_scatter_s(cluster, ranks, parameters * GRADIENT_BYTES, beside))
+            moved = np.asarray(parameters / ranks * ADAM_BYTES)
+            seconds += float(scenario.cost.compute.elementwise_s(cluster.device, bytes=moved))
+            seconds += float(all_gather_s(cluster, ranks, parameters * WEIGHT_BYTES, beside))
+        slowest = max(slowest, seconds)
+    return slowest
+
+
+def pipelined_step(scenario: Scenario, policy: Policy, chunk_ps: Mapping[tuple[int, int], I64]) -> dict[str, Any]:
+    """Time a step from the times of its chunks, ``chunk_ps[rank, group]`` [n] int64.
+
+    Returns ``parts`` {name of `PARTS`: [PP x groups] int64 picoseconds, rank after rank}, which sum to ``makespan_ps``
+    everywhere, and ``events``. All groups start together and the optimiser starts when the last rank of the last group
+    is done, because the gradient norm is a sum over all of them.
+    """
+    parallel, plan = scenario.parallel_of(policy), programs(scenario, policy)
+    engine = pipeline.simulate if scenario.schedule.engine == "simpy" else pipeline.recurrence
+    hop_ps = int(to_ps(hop_s(scenario, policy)))
+    groups = range(parallel.ep_groups)
+    lines = [engine(plan, [chunk_ps[rank, group] for rank in range(len(plan))], hop_ps) for group in groups]
+    done, optimizer = max(line.makespan_ps for line in lines), int(to_ps(optimizer_s(scenario, policy)))
+    parts = {name: np.zeros((len(plan), len(lines)), dtype=np.int64) for name in PARTS}
+    for rank, program in enumerate(plan):
+        for group in groups:
+            for chunk, spent in zip(program, chunk_ps[rank, group].tolist(), strict=True):
+                parts[_PART_OF.get(chunk.kind, chunk.kind)][rank, group] += spent
+    parts["optimizer"] += optimizer
+    parts["bubble"] += done + optimizer - sum(parts.values())
+    return {
+        "parts": {name: value.ravel() for name, value in parts.items()},
+        "makespan_ps": done + optimizer,
+        "events": sum(line.n_events for line in lines),
+    }
