@@ -53,6 +53,11 @@ class GroupedGemm(_Spec):
     tile_rows: Annotated[int, Field(gt=0)] = 1
     source: str
 
+    @property
+    def products(self) -> Self:
+        """The constants without what surrounds the two products: quantisation, permutation, other ranks' tokens."""
+        return self.model_copy(update={"pair_bytes_per_s": None, "token_bytes_per_s": None})
+
 
 class DenseGemm(_Spec):
     """Measured constants of one dense GEMM: t = a + ((T_c)^norm + (W/B)^norm)^(1/norm) (see `sim.cost.dense_gemm`).

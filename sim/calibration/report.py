@@ -74,10 +74,8 @@ def calibrate(rows: list[Rows], device: Device, table: str) -> list[Kernel]:
 
 
 def for_table(constants: GroupedGemm, rows: Rows) -> GroupedGemm:
-    """Return the constants without what surrounds the two products, for tables that time only these."""
-    return (
-        constants if rows.walks else constants.model_copy(update={"pair_bytes_per_s": None, "token_bytes_per_s": None})
-    )
+    """Return the constants as ``rows`` time kernels: whole, or the two products alone."""
+    return constants if rows.walks else constants.products
 
 
 def chosen(result: list[Kernel]) -> dict[Dtype, Kernel]:

@@ -46,6 +46,7 @@ class ComputeCost(Plugin):
         dtype: Dtype,
         sm_fraction: npt.ArrayLike = 1.0,
         part: Part = "forward",
+        products_only: bool = False,
     ) -> F64:
         """Return the time of a rank's routed experts in one layer: gate, up and down projection.
 
@@ -56,6 +57,8 @@ class ComputeCost(Plugin):
         tokens (all-gather), those received under DeepEP.
         part: one forward, activation-gradient (dgrad) or weight-gradient (wgrad) pass; each has the forward's FLOPs, so
         a backward is dgrad + wgrad.
+        products_only: whether to leave out the kernels around the products (quantisation, permutation, the walk over
+        ``ep_tokens``), for callers that count these among elementwise kernels.
         """
 
     @abstractmethod

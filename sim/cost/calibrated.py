@@ -42,9 +42,11 @@ class Calibrated(ComputeCost):
         dtype: Dtype,
         sm_fraction: npt.ArrayLike = 1.0,
         part: Part = "forward",
+        products_only: bool = False,
     ) -> F64:
+        constants = self.constants(device, dtype)
         return grouped_gemm.grouped_gemm_s(
-            self.constants(device, dtype),
+            constants.products if products_only else constants,
             sm_fraction=sm_share(sm_fraction),
             expert_tokens=expert_tokens,
             ep_tokens=ep_tokens,

@@ -71,6 +71,7 @@ class Roofline(ComputeCost):
         dtype: Dtype,
         sm_fraction: npt.ArrayLike = 1.0,
         part: Part = "forward",
+        products_only: bool = False,
     ) -> F64:
         flops, moved = expert_work(expert_tokens, hidden_size, moe_intermediate_size, dtype, part)
         return self._bound(device, flops, moved, dtype, sm_fraction)

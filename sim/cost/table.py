@@ -96,13 +96,14 @@ class Table(ComputeCost):
         dtype: Dtype,
         sm_fraction: npt.ArrayLike = 1.0,
         part: Part = "forward",
+        products_only: bool = False,
     ) -> F64:
         device.peak(dtype)
         shape: dict[str, Any] = {"hidden_size": hidden_size, "moe_intermediate_size": moe_intermediate_size}
         shape |= {"dtype": dtype}
         tokens = f64(expert_tokens)
         full = {"expert_tokens": tokens, "ep_tokens": ep_tokens} | shape
-        wanted = LAW.grouped_gemm_s(device, **full, sm_fraction=sm_fraction, part=part)
+        wanted = LAW.grouped_gemm_s(device, **full, sm_fraction=sm_fraction, part=part, products_only=products_only)
         table = _load(self.folder(device), "moe", self.framework, "moe_perf")
         if table is None:
             return wanted

@@ -190,6 +190,7 @@ class Durations:
             dtype=self.cost.gemm_dtype,
             sm_fraction=self.sm_fraction,
             part=part,
+            products_only=True,
         )
         way: Way = {"forward": "forward", "dgrad": "input", "wgrad": "weights"}[part]  # type: ignore[assignment]
         pairs = local.sum(axis=-1)
