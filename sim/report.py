@@ -174,7 +174,7 @@ def describe(scenario: Scenario) -> list[str]:
         f"compute {scenario.cost.compute.kind}, communication {scenario.cost.communication.kind} ({scenario.cost.mode} "
         f"kernels), engine {scenario.schedule.engine}, "
         + ("every token routed" if scenario.steps.resolution == "token" else "loads drawn at count level"),
-        f"constants: {scenario.cost.compute.provenance(cluster.device)}",
+        f"constants: {scenario.cost.compute.provenance(cluster.device, scenario.cost.gemm_dtype)}",
     ]
     return [part for line in lines for part in textwrap.wrap(line, 120, subsequent_indent="  ")]
 

@@ -62,6 +62,7 @@ MOE_LAYERS = {
     "llama4_maverick": (48, 24),
     "llama3_1_405b": (126, 0),
     "gpt3_175b": (96, 0),
+    "deepseek_67b": (95, 0),
     "dense_37b": (61, 0),
     "dense_671b": (61, 0),
 }

@@ -12,11 +12,13 @@ import tomllib
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from packaging.requirements import Requirement
 from ruamel.yaml import YAML
 
 import sim
+import sim.calibrate
 import sim.fit
 import sim.validate
 from sim.run import main, parser
@@ -28,10 +30,15 @@ CHECKS = PYPROJECT["tool"]["importlinter"]
 SCENARIOS = sorted((ROOT / "scenarios").glob("*.yaml"))
 # What makes the big scenarios run in about a second.
 BATCH = ["steps.count=1", "steps.warmup.steps=0", "traffic.tokens_per_rank=32"]
+PIPELINE = [
+    "steps.warmup.steps=0", "steps.pilot_ranks=2", "model.num_hidden_layers=6", "parallel.pp_size=2",
+    "schedule.micro_batches=4", "traffic.tokens_per_rank=64", "traffic.sequence_length=16",
+]  # fmt: skip
 SHALLOW = ["model.num_hidden_layers=5", "parallel.pp_size=1"]
 
 
 FIT = "python -m sim.fit TRACE.npz"
+CALIBRATE = "python -m sim.calibrate TABLE"
 VALIDATE = "python -m sim.validate --group gating --group geometry"
 
 
@@ -57,7 +64,7 @@ def sets(values: list[str]) -> list[str]:
 def test_shell_blocks_hold_only_known_commands() -> None:
     lines = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
     others = [line for line in lines if not line.startswith("python -m sim.run ")]
-    assert others == ["pip install -e '.[dev]'", "python -m pytest", FIT, VALIDATE]
+    assert others == ["pip install -e '.[dev]'", "python -m pytest", FIT, CALIBRATE, VALIDATE]
     assert len(commands()) >= 4
 
 
@@ -69,6 +76,8 @@ def test_command_of_the_readme_runs(
     extra = ["--out", str(tmp_path)]
     if "scenarios/v3.yaml" in args:
         extra += sets([*BATCH, *SHALLOW])
+    if "scenarios/v3_training.yaml" in args:
+        extra += sets(PIPELINE)
     assert main([*args, *extra]) == 0
     out, err = capsys.readouterr()
     assert out and "Traceback" not in err
@@ -81,6 +90,25 @@ def test_validate_command_of_the_readme_meets_every_bar(capsys: pytest.CaptureFi
     assert validate(VALIDATE.split()[3:]) == 0
     text = capsys.readouterr().out
     assert "MISS" not in text and re.search(r"\n(\d+) of \1 predictions within their bars; 0 calibration rows\n", text)
+
+
+def test_calibrate_command_of_the_readme_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On rows made by a law; the quoted lines have today's words."""
+    from sim.calibrate import main as calibrate
+
+    rows = [
+        {"kernel_source": "moe_torch_flow_cutlass", "moe_dtype": "fp8_block", "num_tokens": tokens, "hidden_size": 2048,
+         "inter_size": inter, "topk": 4, "num_experts": 32, "moe_tp_size": 1, "moe_ep_size": ep, "distribution": "balanced",
+         "latency_ms": 0.02 + tokens / ep * inter * 1e-9 + 32 / ep * inter * 2e-9}
+        for tokens in (16, 64, 256, 1024, 4096, 16384) for inter in (768, 1536) for ep in (1, 2, 4, 8)
+    ]  # fmt: skip
+    table = tmp_path / "moe_h100_sxm_trtllm.parquet"
+    pd.DataFrame(rows).to_parquet(table)
+    assert calibrate([str(table)]) == 0
+    printed = capsys.readouterr().out
+    (quoted,) = [block for block in blocks("text") if "leave one EP out" in block]
+    words = re.findall(r"[a-z]{3,}", re.sub(r"\(.*?\)", "", quoted))
+    assert len(words) > 15 and not [word for word in words if word not in printed and not word.startswith("skew")]
 
 
 def test_fit_command_of_the_readme_runs(
@@ -154,7 +182,7 @@ def test_quoted_tables_have_todays_headings(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_options_and_files_the_readme_names_exist() -> None:
-    parsers = (parser(), sim.fit.parser(), sim.validate.parser())
+    parsers = (parser(), sim.fit.parser(), sim.calibrate.parser(), sim.validate.parser())
     known = {option for one in parsers for action in one._actions for option in action.option_strings}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README)) <= known
     named = set(re.findall(r"`((?:sim|tests|analysis|scenarios)/[\w./]+)`", README))

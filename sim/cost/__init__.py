@@ -127,8 +127,9 @@ class ComputeCost(Plugin):
         """
 
     @abstractmethod
-    def provenance(self, device: Device) -> str:
-        """Return where the constants for ``device`` come from, for reports."""
+    def provenance(self, device: Device, step_in: Dtype | None = None) -> str:
+        """Return where the constants for ``device`` come from, for reports: of all kernels, or of those of a training
+        step whose products run in ``step_in``."""
 
 
 class CommunicationCost(Plugin):

@@ -24,12 +24,14 @@ class Calibrated(ComputeCost):
         """Return the grouped GEMM constants for ``device``: measured, or H100's at the ratio of the data sheets."""
         return h100.grouped_gemm(device, dtype)
 
-    def provenance(self, device: Device) -> str:
-        parts = []
+    def provenance(self, device: Device, step_in: Dtype | None = None) -> str:
         formats: list[Dtype] = [dtype for dtype in BYTES_PER_ELEMENT if getattr(device.peak_flops_per_s, dtype)]
-        for dtype in formats:
-            parts.append(f"grouped GEMM {dtype} {_stated(h100.grouped_gemm(device, dtype).source)}")
-        return "; ".join([*parts, *_by_source(h100.sources(device, formats))])
+        if step_in is not None:
+            formats = [step_in]
+        parts = [f"grouped GEMM {dtype} {_stated(h100.grouped_gemm(device, dtype).source)}" for dtype in formats]
+        serving = [name.replace("_", " ") for name in h100.ATTENTION] if step_in is not None else []
+        rest = {name: source for name, source in h100.sources(device, formats).items() if name not in serving}
+        return "; ".join([*parts, *_by_source(rest)])
 
     def grouped_gemm_s(
         self,

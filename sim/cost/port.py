@@ -2,7 +2,8 @@
 
 A pair's time is an overhead plus the slowest of what its bytes pass: the links of its route, and in normal mode the SMs
 that copy them on every device on the way. Links come with the network at the rate that all-to-all kernels sustain
-(`sim.hardware.LinkSpec`); the constants of a release are here, at most four per mode with the two shares of the links.
+(`sim.hardware.LinkSpec`); the constants of a release are here. Eight for two modes: three of each, and the two shares of
+the links' nominal rates that both use.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Port(CommunicationCost):
     kind: Literal["port"] = "port"
     release: Release = "v1"
     kernels: Kernels | None = None
-    source: str = "DeepEP docs/legacy.md and README.md; aiconfigurator-core 0.12.0 DeepEP tables on H100, 1-2 nodes, fit"
+    source: str = "DeepEP docs/legacy.md and README.md; aiconfigurator-core 0.12.0 DeepEP tables on H100; set by hand"
 
     @property
     def constants(self) -> Kernels:

@@ -133,5 +133,5 @@ class Roofline(ComputeCost):
     def elementwise_s(self, device: Device, *, bytes: npt.ArrayLike, kernels: npt.ArrayLike = 0) -> F64:
         return f64(bytes) / (device.memory_bandwidth_bytes_per_s * self.efficiency) + 0 * f64(kernels)
 
-    def provenance(self, device: Device) -> str:
+    def provenance(self, device: Device, step_in: Dtype | None = None) -> str:
         return f"data sheet of {device.name} at efficiency {self.efficiency:g} ({device.source})"

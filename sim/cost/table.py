@@ -77,13 +77,13 @@ class Table(ComputeCost):
             )
         return root / name
 
-    def provenance(self, device: Device) -> str:
+    def provenance(self, device: Device, step_in: Dtype | None = None) -> str:
         folder, parts = self.folder(device), []
         for kernel, table, says in _TABLES:
             versions = _versions(folder, kernel, self.framework, table)
             source = f"{folder.name} {self.framework} {versions[0]}" if versions else "calibrated: no table"
             parts.append(f"{says} {source}")
-        return "; ".join([*parts, "training attention and elementwise calibrated", LAW.provenance(device)])
+        return "; ".join([*parts, "training attention and elementwise calibrated", LAW.provenance(device, step_in)])
 
     def grouped_gemm_s(
         self,
