@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from sim.countlevel import BLOCKS_PER_PART
 from sim.kernels import compiled_enabled
 from sim.rollout import LAYERS_PER_TASK, measured_steps, token_layers, token_layers_of
-from sim.scenario import Policy, Scenario
+from sim.scenario import Scenario
+from sim.settings import Policy
 from sim.units import human
 
 MAX_EVENTS = 100_000_000

@@ -19,7 +19,8 @@ from sim.gating.assignment import balanced_share
 from sim.gating.score import Score
 from sim.kernels.choose import choose
 from sim.rng import stream
-from sim.scenario import Policy, Scenario
+from sim.scenario import Scenario
+from sim.settings import Policy
 from sim.tally import Counts, Tally, spread
 from sim.tokens import F32, I16, Tokens
 from sim.traffic import Batch, Source, TrafficShape

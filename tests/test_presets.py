@@ -15,7 +15,8 @@ from sim.gating.select.group_limited import GroupLimited
 from sim.kernels import plain
 from sim.model import Model
 from sim.rng import stream
-from sim.scenario import Policy, load
+from sim.scenario import load
+from sim.settings import Policy
 from sim.tokens import F32, Routing, Tokens
 from sim.yamlfile import ScenarioError
 

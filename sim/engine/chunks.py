@@ -20,7 +20,8 @@ from sim.exchange import Exchange
 from sim.network import Network
 from sim.pipeline import Chunk, Pass
 from sim.pipeline.blocks import Block
-from sim.scenario import Policy, Scenario
+from sim.scenario import Scenario
+from sim.settings import Policy
 from sim.tokens import F64, I64
 
 AT_ONCE = 64

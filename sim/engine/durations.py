@@ -15,7 +15,8 @@ from sim.hardware import Dtype
 from sim.model import Model
 from sim.network import Network
 from sim.pipeline.blocks import Block, head_flops
-from sim.scenario import Policy, Scenario
+from sim.scenario import Scenario
+from sim.settings import Policy
 from sim.tokens import F64, I64
 from sim.units import to_ps
 

@@ -11,7 +11,8 @@ from sim.cost.collectives import all_gather_s, point_to_point_s, reduce_scatter_
 from sim.engine import pipeline
 from sim.pipeline import Chunk
 from sim.pipeline.blocks import block_parameters
-from sim.scenario import Policy, Scenario
+from sim.scenario import Scenario
+from sim.settings import Policy
 from sim.tokens import I64
 from sim.units import to_ps
 

@@ -14,7 +14,8 @@ from sim.engine.plan import Op, Plan
 from sim.exchange import Exchange
 from sim.network import Network
 from sim.pipeline.blocks import layer_blocks
-from sim.scenario import Policy, Scenario
+from sim.scenario import Scenario
+from sim.settings import Policy
 from sim.tokens import I64
 
 
