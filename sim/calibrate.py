@@ -74,7 +74,11 @@ def _kernels(args: argparse.Namespace, table: Any) -> int:
     if args.out:
         Path(args.out).write_text(block, encoding="utf-8")
     if args.json:
-        found = [asdict(fit) | {"constants": fit.constants.model_dump()} for fit in fits]
+        found = [
+            {name: None if value != value else value for name, value in asdict(fit).items()}
+            | {"constants": fit.constants.model_dump(exclude_none=True)}
+            for fit in fits
+        ]
         print(json.dumps({"table": args.table, "device": device.name, "cluster": name, "kernels": found}, indent=1))
         return 0
     print(f"{args.table}: {device.name}\n")

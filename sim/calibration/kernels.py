@@ -23,6 +23,7 @@ from sim.tokens import F64, Bool
 from sim.units import human
 
 MOST_ROWS = 4000
+KERNELS = {"gemm", "mla_context", "mla_generation", "context_attention", "generation_attention"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,12 @@ def load(path: str) -> pd.DataFrame | None:
         table = pd.read_parquet(file) if file.suffix == ".parquet" else pd.read_csv(file)
     except (ValueError, OSError):
         return None
-    return table if knows(table) else None
+    if not knows(table):
+        return None
+    other = sorted(set(map(str, table.op_name.unique())) - KERNELS) if "op_name" in table else []
+    if other:
+        raise ValueError(f"{path}: {', '.join(other)} is not a kernel with a law here; those are {', '.join(sorted(KERNELS))}")
+    return table
 
 
 def fit_table(table: pd.DataFrame, device: Device, source: str) -> list[KernelFit]:
@@ -133,7 +139,7 @@ def block(fits: list[KernelFit]) -> str:
                 unit = next((write for end, write in _UNIT.items() if name.endswith(end)), lambda value: f"{value:.4g}")
                 value = unit(value)
             lines.append(f"  {name}: {json.dumps(value) if name == 'source' else value}")
-    return "\n".join(lines) + "\n"
+    return "\n".join(["device:", "  kernels:", *(f"    {line}" for line in lines)]) + "\n"
 
 
 def summary(fit: KernelFit) -> str:

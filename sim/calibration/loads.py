@@ -29,8 +29,12 @@ def power_law(
     """Return the hottest rank's loads in each of ``draws`` draws, [draws, E / ep_size]; ``alpha`` must not be 1."""
     pairs = num_tokens * topk
     low, high = (1.0, 0.8 * num_tokens) if pairs > num_experts else (0.01, 2.0)
-    ends = low ** (1 - alpha), high ** (1 - alpha)
-    x = (ends[0] + (ends[1] - ends[0]) * rng.random((draws, num_experts))) ** (1 / (1 - alpha))
+    share = rng.random((draws, num_experts))
+    if alpha == 1:
+        x = low * (high / low) ** share
+    else:
+        ends = low ** (1 - alpha), high ** (1 - alpha)
+        x = (ends[0] + (ends[1] - ends[0]) * share) ** (1 / (1 - alpha))
     loads = np.minimum(np.round(x / x.sum(axis=1, keepdims=True) * pairs), num_tokens)
     for row, drawn in zip(loads, x, strict=True):
         _settle(row, drawn, pairs, num_tokens)

@@ -121,14 +121,17 @@ def grouped_gemm(device: Device, dtype: Dtype, *, measured: bool = True) -> Grou
     own = device.kernels.grouped_gemm(dtype)
     if own is not None and measured:
         return own
-    base, base_peak = (GROUPED_BF16, PEAK_BF16) if dtype == "bf16" else (GROUPED_FP8, PEAK_FP8)
+    # Hopper scales fp8 blocks outside the tensor cores; those with fp4 do so inside, as fast as plain bf16.
+    plain = dtype == "bf16" or (dtype == "fp8" and device.peak_flops_per_s.fp4 is not None)
+    base, base_peak = (GROUPED_BF16, PEAK_BF16) if plain else (GROUPED_FP8, PEAK_FP8)
     compute, memory, sms = peak / base_peak, device.memory_bandwidth_bytes_per_s / BANDWIDTH, device.n_sm / N_SM
+    pairs = device.peak("bf16") / PEAK_BF16 if plain else compute
     assert base.pair_bytes_per_s is not None and base.token_bytes_per_s is not None
     return base.model_copy(
         update={
             "flops_per_s": base.flops_per_s * compute,
             "bandwidth_bytes_per_s": base.bandwidth_bytes_per_s * memory,
-            "pair_bytes_per_s": base.pair_bytes_per_s * compute,
+            "pair_bytes_per_s": base.pair_bytes_per_s * pairs,
             "token_bytes_per_s": base.token_bytes_per_s * sms,
             "source": _source(base.source, compute, memory, sms),
         }

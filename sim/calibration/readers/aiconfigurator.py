@@ -81,7 +81,7 @@ def _frame(group: pd.DataFrame) -> pd.DataFrame:
             "seconds": group.seconds,
         }
     )
-    frame = frame[(frame.seconds > 0) & (frame.n_routed_experts % frame.ep_size == 0)]
+    frame = frame[(frame.seconds > 0) & (frame.num_experts_per_tok > 0) & (frame.n_routed_experts % frame.ep_size == 0)]
     keys = [name for name in frame.columns if name != "seconds"]
     return frame.groupby(keys, sort=True)[["seconds"]].median().reset_index()
 

@@ -30,7 +30,9 @@ def read(table: pd.DataFrame) -> list[Rows]:
     )
     found = []
     for (backend, precision), group in table.groupby(["backend", "precision"], sort=True):
-        rows = group[(group[column] > 0) & (group.total_routed_tokens > 0)]
+        rows = group[(group[column] > 0) & (group.total_routed_tokens > 0) & (group.num_experts_per_device > 0)]
+        if str(precision) not in _DTYPES:
+            rows = rows.head(0)
         tp = rows.get("num_tensor_parallel_workers", 1)
         frame = pd.DataFrame(
             {
@@ -44,7 +46,7 @@ def read(table: pd.DataFrame) -> list[Rows]:
             }
         )
         left = len(group) - len(rows)
-        dropped = (("no tokens or no time", left),) if left else ()
+        dropped = (("no tokens or no time" if str(precision) in _DTYPES else f"number format {precision}", left),) if left else ()
         name = f"{backend} {precision}"
         found.append(Rows(name, _DTYPES.get(str(precision), "bf16"), frame, _loads(rows), True, dropped))
     return found
