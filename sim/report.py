@@ -80,6 +80,8 @@ def _table(result: Result, names: Sequence[str]) -> list[str]:
         values[policy, metric] = (mean, half, diff, diff_half)
     policies = [p.name for p in result.scenario.policies]
     names = [name for name in names if any(_says(name, values[policy, name][0], result) for policy in policies)]
+    if not names:
+        return []
     lines = []
     first = result.scenario.policies[0].name
     for policy in (p.name for p in result.scenario.policies):
@@ -179,17 +181,19 @@ def describe(scenario: Scenario) -> list[str]:
     return [part for line in lines for part in textwrap.wrap(line, 120, subsequent_indent="  ")]
 
 
+def _titled(result: Result, tables: Sequence[Sequence[str]]) -> list[str]:
+    """The tables that say something, an empty line before each."""
+    return [line for names in tables if (table := _table(result, names)) for line in ("", *table)]
+
+
 def terminal(result: Result) -> str:
     """Return the whole text."""
-    parts = [*describe(result.scenario), "", *_table(result, _BALANCE), "", *_table(result, _EXPERTS)]
-    parts += _by_topic(result)
-    if result.scenario.steps.count >= MIN_STEPS:
-        parts += ["", *_table(result, _CONTROL)]
+    tables = [_BALANCE, _EXPERTS]
+    parts = [*describe(result.scenario), *_titled(result, tables), *_by_topic(result)]
+    tables = [_CONTROL] if result.scenario.steps.count >= MIN_STEPS else []
     if len(result.scenario.timed_steps()):
-        if result.scenario.pipelined:
-            parts += ["", *_table(result, _PIPELINE_TIME), "", *_table(result, _PRICE)]
-        else:
-            parts += ["", *_table(result, _TIME)]
+        tables += [_PIPELINE_TIME, _PRICE] if result.scenario.pipelined else [_TIME]
+    parts += _titled(result, tables)
     notes = [
         "",
         "(floor): MaxVio of a perfectly uniform random gate at this batch size. Means over MoE layers and steps",

@@ -214,6 +214,11 @@ class Scenario(settings.Block):
             yield ("schedule", "overlap"), "forward_backward needs phase: training"
         if self.pipelined and self.schedule.phase == "forward":
             yield ("schedule", "pipeline"), f"{self.schedule.pipeline.kind} needs phase: training"
+        if self.pipelined and self.cluster.faults:
+            yield (
+                ("cluster", "faults"),
+                "a pipeline times the links of one EP group for all of them: set schedule.pipeline: none to study a fault",
+            )
         if self.schedule.recompute == "full" and not self.pipelined:
             yield ("schedule", "recompute"), "full needs a schedule.pipeline, which times it"
         if self.pipelined and self.traffic.provides == "ids":

@@ -22,7 +22,7 @@ from sim.engine.chunks import ChunkTimes
 from sim.engine.durations import slowdowns
 from sim.engine.step import pipelined_step, programs
 from sim.engine.training import Work, build_plan
-from sim.estimate import Estimate, TooBig, estimate
+from sim.estimate import Estimate, TooBig, estimate, free_memory_bytes
 from sim.exchange import Exchange
 from sim.results import Result, summarise
 from sim.rollout import LAYERS_PER_TASK, Task, shape_of
@@ -228,7 +228,10 @@ def _jobs(asked: int | None, tasks: int, expected: Estimate) -> int:
     """Processes to use: as asked, else as many as cores where that pays."""
     if asked is not None:
         return asked
-    return min(os.cpu_count() or 1, max(1, tasks)) if expected.seconds > WORTH_A_PROCESS_S else 1
+    if expected.seconds <= WORTH_A_PROCESS_S:
+        return 1
+    fit = int(0.5 * free_memory_bytes() // expected.memory_bytes)  # the estimate is of one process
+    return max(1, min(os.cpu_count() or 1, tasks, fit))
 
 
 def _simulate_pipelined(scenario: Scenario, jobs: int | None, expected: Estimate, progress: bool) -> Result:

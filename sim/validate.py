@@ -87,7 +87,7 @@ def _table(rows: Sequence[tuple[str, Any]]) -> str:
                 f"{figure.ours:.6g}",
                 error if figure.relation == "equal" and not math.isnan(figure.ours) else "-",
                 bar if figure.relation == "equal" or figure.bar else "-",
-                "calibration" if figure.kind == "calibration" else "ok" if figure.passed else "MISS",
+                "ok" if figure.passed and figure.kind == "prediction" else figure.kind if figure.passed else "MISS",
             ]
         )
     text = grid(["figure", "published", "ours", "error", "bar", ""], lines)
@@ -95,10 +95,10 @@ def _table(rows: Sequence[tuple[str, Any]]) -> str:
     predictions = [figure for _, figure in rows if figure.kind == "prediction"]
     met = sum(figure.passed for figure in predictions)
     text += ["", *notes] if notes else []
-    fitted = len(rows) - len(predictions)
-    return "\n".join(
-        [*text, "", f"{met} of {len(predictions)} predictions within their bars; {fitted} calibration rows"]
-    )
+    fitted = sum(figure.kind == "calibration" for _, figure in rows)
+    derived = sum(figure.kind == "derived" for _, figure in rows)
+    summary = f"{met} of {len(predictions)} predictions within their bars; {fitted} calibration rows"
+    return "\n".join([*text, "", summary + (f"; {derived} derived" if derived else "")])
 
 
 if __name__ == "__main__":

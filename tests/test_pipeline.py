@@ -13,9 +13,10 @@ from pydantic import ValidationError
 
 import sim
 from sim.cluster import build_network
+from sim.cost.collectives import all_gather_s, point_to_point_s, reduce_scatter_s
 from sim.engine import des, maxplus, pipeline
 from sim.engine.chunks import ChunkTimes
-from sim.engine.step import PARTS, programs
+from sim.engine.step import PARTS, hop_s, optimizer_s, programs
 from sim.engine.training import Work, build_plan
 from sim.exchange import Exchange
 from sim.model import Model
@@ -232,6 +233,88 @@ def test_ranks_that_run_in_step_between_chunks_err_by_little(overlapped: tuple[W
     assert exact <= in_step <= 1.03 * exact
 
 
+def test_every_group_has_its_own_exchanges(overlapped: tuple[Work, ChunkTimes]) -> None:
+    work, chunks = overlapped
+    scenario = work.scenario.model_copy(
+        update={
+            "schedule": work.scenario.schedule.model_copy(update={"micro_batches": 8}),
+            "traffic": work.scenario.traffic.model_copy(update={"tokens_per_rank": 128}),
+        }
+    )
+    pairs = [Chunk("overlapped", Pass(m, 0), Pass(m, 0)) for m in range(8)]
+    both = ChunkTimes(scenario, work.policy, work.network, chunks.stages, chunks.exchanges)
+    found = [both.times_ps(pairs, group, np.ones(8)) for group in range(2)]
+    assert found[0].tolist() != found[1].tolist()
+    for group in range(2):
+        part = slice(8 * group, 8 * group + 8)
+        own = {i: Exchange.stack([e for e in layer[part]]) for i, layer in enumerate(work.exchanges)}
+        alone = ChunkTimes(scenario, work.policy, work.network, chunks.stages, own)
+        np.testing.assert_array_equal(alone.times_ps(pairs, 0, np.ones(8)), found[group])
+
+
+def test_hops_count_once_per_stage() -> None:
+    # One micro-batch down two stages and back: F 1, hop 10, F 1, B 2, hop 10, B 2.
+    rule = make(Pipeline, "1f1b")
+    plan = [rule.program(rank, 2, 1) for rank in range(2)]
+    times = [np.array([1, 2], dtype=np.int64)] * 2
+    assert pipeline.recurrence(plan, times, 10).makespan_ps == 26
+    assert pipeline.recurrence(plan, times, 0).makespan_ps == 6
+
+
+def test_optimizer_and_hops_by_hand() -> None:
+    """Two groups on each of four stages, nodes of four devices: DualPipe keeps every stage twice, in other nodes."""
+    scenario = load(ROOT / "scenarios" / "tiny.yaml", [*PIPELINED, "parallel.dp_size=16", "cluster.nodes=16"])
+    policy, model, cluster = scenario.policies[0], scenario.model, scenario.cluster
+    assert hop_s(scenario, policy) == pytest.approx(float(point_to_point_s(cluster, 16 * 1024 * 2)))
+    # What the ranks (r, 3 - r) hold; the heaviest pair counts. 16 ranks per stage x 2 copies share dense parameters.
+    stages = scenario.stages(policy)
+    slowest = 0.0
+    for mine in ((0, 3), (1, 2)):
+        held = [block_parameters(model, block) for stage in mine for block in stages[stage]]
+        dense, experts = sum(d for d, _ in held), sum(e for _, e in held) / 8
+        bandwidth = cluster.device.memory_bandwidth_bytes_per_s
+        seconds = sum(
+            float(reduce_scatter_s(cluster, n, 4 * size, beside)) + float(all_gather_s(cluster, n, 2 * size, beside))
+            for size, n, beside in ((dense, 32, 4), (experts, 4, 1))
+        )
+        moved = 22 * (dense / 32 + experts / 4)
+        slowest = max(slowest, seconds)
+        assert optimizer_s(scenario, policy) >= seconds + moved / bandwidth * 0.9
+    assert optimizer_s(scenario, policy) == pytest.approx(slowest, rel=0.01)
+
+
+def test_groups_of_one_domain_need_no_network() -> None:
+    """Every device behind one switch: stages, groups and copies talk over it, and there is no NIC to need."""
+    one = ["cluster.topology=single_switch", "cluster.inter_node=null", "parallel.pp_size=2", "parallel.dp_size=16"]
+    row = rows([*one, "cluster.nodes=18"])
+    assert all(r["optimizer_s"] > 0 for r in row.values())
+
+
+def test_memory_of_a_stage_by_hand() -> None:
+    scenario = load(ROOT / "scenarios" / "tiny.yaml", [*PIPELINED, "schedule.pipeline=1f1b", "parallel.pp_size=2", "schedule.recompute=selective"])
+    policy, model = scenario.policies[0], scenario.model
+    stages = scenario.stages(policy)
+    found = scenario.memory(policy)
+    candidates = []
+    for rank, alive_micro in ((0, 2), (1, 1)):
+        held = [block_parameters(model, block) for block in stages[rank]]
+        layers = sum(block.kind in ("moe", "dense") for block in stages[rank])
+        dense, experts, tokens = sum(d for d, _ in held), sum(e for _, e in held) / 8, 16
+        head = any(block.kind == "head" for block in stages[rank])
+        candidates.append(
+            {
+                "weights": 2 * (dense + experts),
+                "gradients": 4 * (dense + experts),
+                "optimizer": 8 * (dense / 8 + experts),
+                "activations": tokens * alive_micro * layers * 4.0 * 1024,
+                "expert_activations": tokens * alive_micro * layers * 5 * (1024 + 3 * 512),
+                "logits": 4.0 * tokens * 32000 * head,
+            }
+        )
+    best = max(candidates, key=lambda items: sum(items.values()))
+    assert {name: found[name] for name in best} == pytest.approx(best)
+
+
 def test_programs_are_the_schedules() -> None:
     scenario = load(ROOT / "scenarios" / "tiny.yaml", PIPELINED)
     plan = programs(scenario, scenario.policies[0])
@@ -251,6 +334,7 @@ def test_programs_are_the_schedules() -> None:
         (["stragglers=[{device: 32, slowdown: 2}]"], "must be < 32, the devices simulated"),
         (["stragglers=[{device: 1, slowdown: 0.5}]"], "must be >= 1"),
         (["schedule.recompute=full", "schedule.pipeline=none"], "full needs a schedule.pipeline"),
+        (["cluster.faults=[{link: 'nic:3', factor: 0.5}]"], "times the links of one EP group for all of them"),
         (["schedule.pipeline=dualpip"], "did you mean dualpipe?"),
         (["cluster.device.memory_bytes=1 MB"], "does not fit: weights"),
     ],

@@ -54,12 +54,13 @@ def test_balance_rows_on_shortened_runs(monkeypatch: pytest.MonkeyPatch) -> None
 def test_training_steps_are_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
     """ISCA'25 Table 4 and the V2 report, with smaller pilots than the scenarios have; the split's misses stay misses."""
     few = ["steps.warmup.steps=20", "schedule.engine=max_plus"]
-    monkeypatch.setattr(training, "OVERRIDES", {"v3_training": [*few, "steps.pilot_ranks=32"], "v2_training": [*few, "steps.pilot_ranks=8"]})  # fmt: skip
+    monkeypatch.setattr(training, "OVERRIDES", {"v3_training": [*few, "steps.pilot_ranks=32"], "v2_training": [*few, "steps.pilot_ranks=8"], "dense_training": few})  # fmt: skip
     rows = {row.name: row for row in training.figures(INPUTS)}
-    assert len(rows) == 19 and all(row.kind == "prediction" for row in rows.values())
+    assert len(rows) == 19 and sum(row.kind == "prediction" for row in rows.values()) == 13
     held = ["step time", "1F1B", "tokens per day", "causal TFLOP/s", "causal MFU", "GPU hours per trillion tokens"]
     assert [name for name in held if not rows[f"V3 training: {name}"].passed] == []
-    assert all(row.passed for name, row in rows.items() if "bubble of" in name or "V2" in name or "dense" in name)
+    hours = ["V2 training: GPU hours per trillion tokens", "dense 67B training: GPU hours per trillion tokens"]
+    assert all(row.passed for name, row in rows.items() if "bubble of" in name or name in hours)
 
 
 def test_a_miss_stays_in_the_table_and_in_the_count(

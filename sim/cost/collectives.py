@@ -91,9 +91,8 @@ def all_to_all_s(cluster: Fabric, n_ranks: int, message_bytes: npt.ArrayLike, ra
 def point_to_point_s(cluster: Fabric, message_bytes: npt.ArrayLike, inter_node: bool = True) -> F64:
     """Return the seconds of one send and receive between two devices, over the NIC or (``inter_node=False``) NVLink."""
     link = _nic(cluster) if inter_node else cluster.intra_node
-    step = _NODE_STEP_S if inter_node else _ALL_TO_ALL.start_s
     size = _size(message_bytes)
-    return np.where(size > 0, link.latency_s + step + size / link.rate_bytes_per_s, 0.0)
+    return np.where(size > 0, link.latency_s + _NODE_STEP_S + size / link.rate_bytes_per_s, 0.0)
 
 
 def _size(message_bytes: npt.ArrayLike) -> F64:

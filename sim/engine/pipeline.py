@@ -1,7 +1,8 @@
 """The timing of a pipeline: every rank runs its program, waiting for neighbours; integer picoseconds.
 
 A chunk starts when the rank's previous one has ended and its inputs are there: a forward needs the output of the stage
-before, a backward the gradient from the stage behind, each ``transfer_ps`` after the chunk that made it has ended.
+before, a backward the gradient from the stage behind, each ``transfer_ps`` after the chunk that made it has ended (on
+another rank: neighbouring stages never share one).
 Transfers run beside compute and never queue. A send that has no receiver yet waits in memory, as in DualPipe.
 """
 
@@ -53,7 +54,7 @@ def recurrence(programs: Programs, duration_ps: Sequence[I64], transfer_ps: int)
     """Return the times of all chunks, rank by rank as far as inputs allow; ValueError if a program can never go on."""
     _checked(programs, duration_ps)
     n_ranks = len(programs)
-    made: dict[tuple[Pass, bool], tuple[int, int]] = {}  # who made it, and when
+    made: dict[tuple[Pass, bool], int] = {}  # when
     start = [np.zeros(len(p), dtype=np.int64) for p in programs]
     end = [np.zeros(len(p), dtype=np.int64) for p in programs]
     at, clock = [0] * n_ranks, [0] * n_ranks
@@ -67,12 +68,11 @@ def recurrence(programs: Programs, duration_ps: Sequence[I64], transfer_ps: int)
                 wanted = needs[rank][i]
                 if any(key not in made for key in wanted):
                     break
-                arrivals = [made[key][1] + (transfer_ps if made[key][0] != rank else 0) for key in wanted]
-                begin = max([clock[rank], *arrivals])
+                begin = max([clock[rank], *(made[key] + transfer_ps for key in wanted)])
                 start[rank][i], clock[rank] = begin, begin + int(duration_ps[rank][i])
                 end[rank][i] = clock[rank]
                 for key in passes(program[i]):
-                    made[key] = (rank, clock[rank])
+                    made[key] = clock[rank]
                 at[rank] += 1
                 moved = True
     for rank, program in enumerate(programs):
@@ -89,12 +89,9 @@ def simulate(programs: Programs, duration_ps: Sequence[I64], transfer_ps: int) -
     start = [np.zeros(len(p), dtype=np.int64) for p in programs]
     end = [np.zeros(len(p), dtype=np.int64) for p in programs]
     events: dict[tuple[Pass, bool], simpy.Event] = {}
-    maker: dict[tuple[Pass, bool], int] = {}
     finished = [False] * n_ranks
-    for rank, program in enumerate(programs):
+    for program in programs:
         for chunk in program:
-            for key in passes(chunk):
-                maker[key] = rank
             for key in (*passes(chunk), *_needs(chunk, n_ranks)):
                 events.setdefault(key, env.event())
 
@@ -103,7 +100,7 @@ def simulate(programs: Programs, duration_ps: Sequence[I64], transfer_ps: int) -
             ready = 0
             for key in _needs(chunk, n_ranks):
                 ended = yield events[key]
-                ready = max(ready, ended + (transfer_ps if maker[key] != rank else 0))
+                ready = max(ready, ended + transfer_ps)
             if ready > env.now:
                 yield env.timeout(ready - int(env.now))
             start[rank][i] = env.now

@@ -52,8 +52,13 @@ def optimizer_s(scenario: Scenario, policy: Policy) -> float:
     copies = schedule.pipeline.copies
     domain = cluster.topology.domain(cluster)
     dense_ranks = (parallel.dp_size or max(1, parallel.ep_size // parallel.tp_size)) * copies
-    per_node = max(1, min(domain // parallel.tp_size, dense_ranks))
     expert_ranks = parallel.ep_groups * copies
+    # Members of a group that share a node; the copies of a stage lie at the other end of the pipeline.
+    if parallel.pp_size * parallel.ep_size * parallel.ep_groups <= domain:
+        dense_beside, expert_beside = dense_ranks, expert_ranks
+    else:
+        dense_beside = max(1, min(domain // parallel.tp_size, dense_ranks // copies))
+        expert_beside = max(1, min(domain // parallel.ep_size, parallel.ep_groups))
     slowest = 0.0
     for rank in range(parallel.pp_size):
         held = [
@@ -64,7 +69,7 @@ def optimizer_s(scenario: Scenario, policy: Policy) -> float:
         dense = sum(d for d, _ in held) / parallel.tp_size
         experts = sum(e for _, e in held) / parallel.ep_size
         seconds = 0.0
-        for parameters, ranks, beside in ((dense, dense_ranks, per_node), (experts, expert_ranks, 1)):
+        for parameters, ranks, beside in ((dense, dense_ranks, dense_beside), (experts, expert_ranks, expert_beside)):
             seconds += float(reduce_scatter_s(cluster, ranks, parameters * GRADIENT_BYTES, beside))
             moved = np.asarray(parameters / ranks * ADAM_BYTES)
             seconds += float(scenario.cost.compute.elementwise_s(cluster.device, bytes=moved))

@@ -1,7 +1,8 @@
 """Published and measured figures beside ours. One module per group; its ``figures`` function is its registration.
 
 A figure that misses its bar stays in the table, with the reason where it is known. Rows that a constant of the simulator
-was set on are marked ``calibration``: they show that the constant is right, not that the model is.
+was set on are marked ``calibration``: they show that the constant is right, not that the model is. Rows that follow by arithmetic
+from published figures or from another row are ``derived``. Neither counts as a prediction.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Figure:
     unit: str = ""
     absolute: bool = False
     relation: Literal["equal", "at_most", "at_least"] = "equal"
-    kind: Literal["prediction", "calibration"] = "prediction"
+    kind: Literal["prediction", "calibration", "derived"] = "prediction"
     reason: str = ""
 
     @property

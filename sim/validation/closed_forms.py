@@ -80,19 +80,19 @@ def _decode(scenarios: Path) -> Iterator[Figure]:
             "us", relation="at_least", reason="2.8 us same leaf (Table 5), 46 of 50 GB/s, 23 us of kernel per direction",
         )  # fmt: skip
     nic = real.link_latency_s[real.paths[0, 1][real.paths[0, 1] >= 0]].sum()
-    yield Figure("InfiniBand, same leaf: latency of a route", "arXiv 2505.09343, Table 5", 2.8, float(nic) * 1e6, 1e-9, "us")
+    yield Figure("InfiniBand, same leaf: latency of a route", "arXiv 2505.09343, Table 5", 2.8, float(nic) * 1e6, 1e-9, "us", kind="calibration")
 
 
 def _training(scenarios: Path) -> Iterator[Figure]:
     step_s, batch, sequence, devices, price = 19.926, 15_360, 4_096, 2_048, 2.0
     tokens_per_s = batch * sequence / step_s
-    yield Figure("V3: tokens per day", TABLE_4, 272.80, tokens_per_s * 86_400 / 1e9, 0.001, "1e9")
+    yield Figure("V3: tokens per day", TABLE_4, 272.80, tokens_per_s * 86_400 / 1e9, 0.001, "1e9", kind="derived")
     hours = devices * 1e12 / tokens_per_s / 3_600
-    yield Figure("V3: GPU hours per trillion tokens", V3_REPORT, 180e3, hours, 0.005)
-    yield Figure("V3: days per trillion tokens", V3_REPORT, 3.7, hours / devices / 24, 0.02)
+    yield Figure("V3: GPU hours per trillion tokens", V3_REPORT, 180e3, hours, 0.005, kind="derived")
+    yield Figure("V3: days per trillion tokens", V3_REPORT, 3.7, hours / devices / 24, 0.02, kind="derived")
     total = 14.8 * hours + 119e3 + 5e3
-    yield Figure("V3: GPU hours in all", V3_REPORT, 2_788e3, total, 0.005)
-    yield Figure("V3: cost", V3_REPORT, 5.576, total * price / 1e6, 0.005, "1e6 USD")
+    yield Figure("V3: GPU hours in all", V3_REPORT, 2_788e3, total, 0.005, kind="derived")
+    yield Figure("V3: cost", V3_REPORT, 5.576, total * price / 1e6, 0.005, "1e6 USD", kind="derived")
     model = Model.model_validate(read(scenarios / "models" / "deepseek_v3.yaml").data)
     rate = tokens_per_s / devices / 1e12
     for name, causal, published in (("causal", True, 385.0), ("non-causal", False, 432.0)):

@@ -76,23 +76,24 @@ def _v3(inputs: Inputs) -> Iterator[Figure]:
         ("optimizer", "optimizer_s", 0.29, "s", split),
     ):
         yield Figure(f"V3 training: {name}", ISCA, published, ours[key], 0.10, unit, reason=reason)
-    yield Figure("V3 training: tokens per day", ISCA, 272.80, ours["tokens_per_day"] / 1e9, 0.10, "1e9")
-    yield Figure("V3 training: causal TFLOP/s", ISCA, 385, ours["model_flops_per_s_per_gpu"] / 1e12, 0.10, "1e12")
+    yield Figure("V3 training: tokens per day", ISCA, 272.80, ours["tokens_per_day"] / 1e9, 0.10, "1e9", kind="derived")
+    causal = ours["model_flops_per_s_per_gpu"] / 1e12
+    yield Figure("V3 training: causal TFLOP/s", ISCA, 385, causal, 0.10, "1e12", kind="derived")
     model = load(inputs.scenarios / "v3_training.yaml").model
     share = model.training_flops_per_token(4096, causal=False) / model.training_flops_per_token(4096)
-    yield Figure(
-        "V3 training: non-causal TFLOP/s", ISCA, 432, ours["model_flops_per_s_per_gpu"] / 1e12 * share, 0.10, "1e12"
-    )
-    yield Figure("V3 training: causal MFU", ISCA, 38.94, 100 * ours["mfu"], 0.10, "%")
+    yield Figure("V3 training: non-causal TFLOP/s", ISCA, 432, causal * share, 0.10, "1e12", kind="derived")
+    yield Figure("V3 training: causal MFU", ISCA, 38.94, 100 * ours["mfu"], 0.10, "%", kind="derived")
     report = "DeepSeek-V3 report (arXiv 2412.19437), section 1 and Table 1"
     hours = ours["gpu_hours_per_trillion"] / 1e3
     yield Figure("V3 training: GPU hours per trillion tokens", report, 180, hours, 0.10, "1e3 h")
-    yield Figure("V3 training: pre-training of 14.8T tokens", report, 5.328, ours["usd_per_trillion"] * 14.8 / 1e6, 0.10, "1e6 USD")
+    usd = ours["usd_per_trillion"] * 14.8 / 1e6
+    yield Figure("V3 training: pre-training of 14.8T tokens", report, 5.328, usd, 0.10, "1e6 USD", kind="derived")
 
 
 def _v2(inputs: Inputs) -> Iterator[Figure]:
-    moe, dense = _means(inputs, "v2_training", 2)
+    (moe,), (dense,) = _means(inputs, "v2_training", 1), _means(inputs, "dense_training", 1)
     mine = [row["gpu_hours_per_trillion"] / 1e3 for row in (moe, dense)]
     yield Figure("V2 training: GPU hours per trillion tokens", V2, 172.8, mine[0], 0.15, "1e3 h")
     yield Figure("dense 67B training: GPU hours per trillion tokens", V2, 300.6, mine[1], 0.15, "1e3 h")
-    yield Figure("V2 against dense 67B: GPU hours saved", V2, 42.5, 100 * (1 - mine[0] / mine[1]), 0.15, "%")
+    saved = 100 * (1 - mine[0] / mine[1])
+    yield Figure("V2 against dense 67B: GPU hours saved", V2, 42.5, saved, 0.15, "%", kind="derived")
