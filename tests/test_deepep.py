@@ -185,3 +185,28 @@ def test_kernels_of_a_release() -> None:
     assert Port(release="v2").constants.bytes_per_s_and_sm > Kernels().bytes_per_s_and_sm
     given = Kernels(dispatch_s=1.0)
     assert Port(release="v2", kernels=given).constants is given
+
+
+def test_many_senders_to_one_receiver_wait_for_its_port_alone() -> None:
+    """Seven ranks send 1,000 tokens each to rank 0, nobody else anything: by hand, and not symmetric."""
+    nw, kernels = net(8), Kernels()
+    ranks = np.zeros((8, 8))
+    ranks[1:, 0] = 1000
+    work = {"rank_tokens": ranks, "node_tokens": ranks.sum(axis=1)[:, None], "bytes_per_token": 7392.0}
+    few = Port(num_sms=2)  # slower than the links
+    times, reaches = few.pair_times_s(nw, **work, mode="normal")  # type: ignore[arg-type]
+    assert reaches.sum() == 7 and reaches[1:, 0].all()
+    copied = 7000 * 7392 / (2 * kernels.bytes_per_s_and_sm)
+    np.testing.assert_allclose(times[1:, 0], copied + 3.33e-6 + kernels.dispatch_s, rtol=1e-9)
+    # The same backwards, one sender: it hands on seven thousand, each receiver gets one.
+    out, _ = few.pair_times_s(nw, **work | {"rank_tokens": ranks.T, "node_tokens": ranks.T.sum(axis=1)[:, None]}, mode="normal")  # type: ignore[arg-type]
+    np.testing.assert_allclose(out[0, 1:], copied + 3.33e-6 + kernels.dispatch_s, rtol=1e-9)
+    # First release, low latency: all of it through the receiver's NIC, whoever sends.
+    first, _ = Port(release="v1_first").pair_times_s(nw, **work, mode="low_latency")  # type: ignore[arg-type]
+    assert nw.nic_bytes_per_s is not None
+    assert first[1:, 0].min() > 7000 * 7392 / nw.nic_bytes_per_s
+    two = ranks.copy()
+    two[1, 2] = 5000  # rank 1 now sends six thousand, still less than what rank 0 gets
+    again, _ = Port(release="v1_first").pair_times_s(nw, **work | {"rank_tokens": two}, mode="low_latency")  # type: ignore[arg-type]
+    np.testing.assert_allclose(again[1:, 0], first[1:, 0], rtol=1e-12)
+    assert again[1, 2] < again[1, 0]
