@@ -165,20 +165,22 @@ def _drawn(scenario: Scenario, policy: Policy) -> tuple[float, float]:
 
 
 def _reason(scenario: Scenario, events: int, memory: float, seconds: float) -> str:
-    steps, tokens = scenario.steps.count, scenario.tokens_per_rank
+    knobs = {
+        "steps.count": scenario.steps.count,
+        "traffic.tokens_per_rank": scenario.tokens_per_rank,
+        "replicas": scenario.replicas,
+        "policies": len(scenario.policies),
+    }
+    if scenario.steps.resolution == "count":
+        knobs["steps.pilot_ranks"] = scenario.steps.pilot_ranks
+    lower = "lower " + " or ".join(f"{name} = {value}" for name, value in knobs.items() if value > 1)
     if events > MAX_EVENTS:
         return (
-            f"{events:.3g} events exceed {MAX_EVENTS:.0e}: time fewer steps (steps.timed: last), lower steps.count = "
-            f"{steps} or replicas = {scenario.replicas}, or set schedule.engine: max_plus"
+            f"{events:.3g} events exceed {MAX_EVENTS:.0e}: time fewer steps (steps.timed: last), set schedule.engine: "
+            f"max_plus, or {lower}"
         )
     if memory > 0.5 * (free := free_memory_bytes()):
-        return (
-            f"about {human(memory, 'B')} of memory exceeds half of the free {human(free, 'B')}: lower steps.count = "
-            f"{steps}, traffic.tokens_per_rank = {tokens} or replicas = {scenario.replicas}"
-        )
+        return f"about {human(memory, 'B')} of memory exceeds half of the free {human(free, 'B')}: {lower}"
     if seconds > MAX_SECONDS:
-        return (
-            f"about {seconds / 3600:.3g} hours on one core exceed {MAX_SECONDS / 3600:g}: lower steps.count = {steps}, "
-            f"traffic.tokens_per_rank = {tokens} or replicas = {scenario.replicas}"
-        )
+        return f"about {seconds / 3600:.3g} hours on one core exceed {MAX_SECONDS / 3600:g}: {lower}"
     return ""

@@ -163,7 +163,9 @@ def describe(scenario: Scenario) -> list[str]:
         + f", {scenario.tokens_per_rank} tokens per device and step, {model.n_moe_layers} MoE layers, "
         f"{scenario.schedule.phase}, "
         + (
-            f"pipeline {scenario.schedule.pipeline.kind}, {scenario.schedule.micro_batches} micro-batches"
+            f"pipeline {scenario.schedule.pipeline.kind}, {scenario.schedule.micro_batches} micro-batches, recompute "
+            f"{scenario.schedule.recompute}"
+            + (", with MTP" if scenario.schedule.mtp and model.num_nextn_predict_layers else "")
             if scenario.pipelined
             else f"overlap {scenario.schedule.overlap}"
         ),
@@ -176,6 +178,11 @@ def describe(scenario: Scenario) -> list[str]:
         f"compute {scenario.cost.compute.kind}, communication {scenario.cost.communication.kind} ({scenario.cost.mode} "
         f"kernels), engine {scenario.schedule.engine}, "
         + ("every token routed" if scenario.steps.resolution == "token" else "loads drawn at count level"),
+        *(
+            [f"faults: {', '.join(f'{f.link} at {f.factor:g} of its rate' if f.factor else f'{f.link} down' for f in cluster.faults)}"]
+            if cluster.faults
+            else []
+        ),
         f"constants: {scenario.cost.compute.provenance(cluster.device, scenario.cost.gemm_dtype)}",
     ]
     return [part for line in lines for part in textwrap.wrap(line, 120, subsequent_indent="  ")]
@@ -245,6 +252,8 @@ def _remarks(scenario: Scenario) -> list[str]:
     lines = [f"{', '.join(dict.fromkeys(names))}: {note}" for note, names in remarks.items() if note]
     lines += _without_effect(scenario)
     lines += [f"all policies: {rule.note(scenario.model)}" for rule in scenario.router_dynamics]
+    if scenario.pipelined and scenario.cluster.device.price_per_hour is None:
+        lines.append(f"no USD: cluster {scenario.cluster.name} states no device.price_per_hour")
     lines += [f"traffic: {caveat}" for caveat in scenario.traffic.caveats]
     if scenario.steps.resolution == "count":
         lines += _count_level(scenario)

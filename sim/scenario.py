@@ -214,6 +214,14 @@ class Scenario(settings.Block):
             yield ("schedule", "overlap"), "forward_backward needs phase: training"
         if self.pipelined and self.schedule.phase == "forward":
             yield ("schedule", "pipeline"), f"{self.schedule.pipeline.kind} needs phase: training"
+        micro, length = self.tokens_per_rank // self.schedule.micro_batches, self.traffic.longest_sequence
+        routed = any(self.model_of(policy).is_moe for policy in self.policies)
+        if self.pipelined and self.steps.resolution == "count" and routed and length and micro % length:
+            yield (
+                ("schedule", "micro_batches"),
+                f"a micro-batch of tokens_per_rank / micro_batches = {micro} tokens must hold whole sequences of {length} at "
+                f"count level: set traffic.tokens_per_rank to a multiple of {self.schedule.micro_batches * length}",
+            )
         if self.pipelined and self.cluster.faults:
             yield (
                 ("cluster", "faults"),
@@ -278,7 +286,7 @@ class Scenario(settings.Block):
                 yield (
                     (*where, "pp_size"),
                     f"{parallel.pp_size} stages x {parallel.ep_groups} groups of {parallel.ep_size} need {needed} devices; "
-                    f"the cluster has {devices}",
+                    f"the cluster has {devices} (groups follow from dp_size)",
                 )
             for field, rule in schedule.pipeline.problems(parallel.pp_size, schedule.micro_batches):
                 yield ((*where, field) if field == "pp_size" else ("schedule", field)), rule
@@ -359,13 +367,17 @@ class Scenario(settings.Block):
         elif policy.select.kind != "dense":
             yield (*at, "select"), "a model without routed experts takes select: dense"
         runs = not any(schedule_rule for schedule_rule in self._group_problems(where, policy))
-        if parallel.ep_size <= devices and parallel.pp_size <= model.num_hidden_layers and runs:
-            # Memory comes last: it is only worth saying when the split itself makes sense.
+        twin = any(self.model_of(p) == model and self.parallel_of(p) == parallel for p in self.policies[:i])
+        if parallel.ep_size <= devices and parallel.pp_size <= model.num_hidden_layers and runs and not twin:
+            # Memory comes last: it is only worth saying when the split itself makes sense, and once for all alike.
             text = refusal(self.memory(policy), self.cluster.device.memory_bytes)
             if text:
+                less = {"none": "schedule.recompute: selective, ", "selective": "schedule.recompute: full, "}
+                ways = less.get(self.schedule.recompute, "") if self.schedule.phase == "training" else ""
                 yield (
                     where,
-                    f"policy {policy.name!r} {text} of {self.cluster.device.name} (per device, {self.schedule.phase})",
+                    f"policy {policy.name!r} {text} of {self.cluster.device.name} (per device, {self.schedule.phase}); "
+                    f"what helps: {ways}larger pp_size or ep_size, more micro_batches",
                 )
 
 

@@ -77,13 +77,15 @@ def _table(rows: Sequence[tuple[str, Any]]) -> str:
     lines = []
     for group, figure in rows:
         unit = f" {figure.unit}" if figure.unit else ""
+        # The bound of an error is its bar; there is no published value.
+        bound = figure.bar if figure.relation == "at_most" and figure.published == 0 else figure.published
         sign = {"equal": "", "at_most": "<= ", "at_least": ">= "}[figure.relation]
         error = f"{figure.error:+.3g}" if figure.absolute else f"{100 * figure.error:+.2f} %"
         bar = f"{figure.bar:g}" if figure.absolute else f"{100 * figure.bar:g} %"
         lines.append(
             [
                 f"{group}: {figure.name}",
-                f"{sign}{figure.published:.6g}{unit}",
+                f"{sign}{bound:.6g}{unit}",
                 f"{figure.ours:.6g}",
                 error if figure.relation == "equal" and not math.isnan(figure.ours) else "-",
                 bar if figure.relation == "equal" or figure.bar else "-",

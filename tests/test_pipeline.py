@@ -334,6 +334,10 @@ def test_programs_are_the_schedules() -> None:
         (["stragglers=[{device: 32, slowdown: 2}]"], "must be < 32, the devices simulated"),
         (["stragglers=[{device: 1, slowdown: 0.5}]"], "must be >= 1"),
         (["schedule.recompute=full", "schedule.pipeline=none"], "full needs a schedule.pipeline"),
+        (
+            ["steps.resolution=count", "traffic.sequence_length=128", "schedule.micro_batches=8"],
+            "a micro-batch of tokens_per_rank / micro_batches = 32 tokens must hold whole sequences of 128",
+        ),
         (["cluster.faults=[{link: 'nic:3', factor: 0.5}]"], "times the links of one EP group for all of them"),
         (["schedule.pipeline=dualpip"], "did you mean dualpipe?"),
         (["cluster.device.memory_bytes=1 MB"], "does not fit: weights"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pandas as pd
 import pytest
 
 import sim
+from sim import yamlfile
+from sim.cluster import Cluster
 from sim.estimate import estimate
 from sim.results import Result
 from sim.scenario import Scenario, load
@@ -38,7 +41,8 @@ def means(result: Result) -> pd.DataFrame:
 
 def layer_overrides(whole: Scenario) -> list[str]:
     """Keep the layers up to the first one with experts."""
-    found = [f"model.num_hidden_layers={whole.model.moe_layers[0] + 1}", "parallel.pp_size=1"]
+    first = whole.model.moe_layers[0] if whole.model.is_moe else 1
+    found = [f"model.num_hidden_layers={first + 1}", "parallel.pp_size=1"]
     return [*found, "model.num_encoder_layers=0"] if whole.model.num_encoder_layers else found
 
 
@@ -50,7 +54,7 @@ def reduced(name: str) -> list[str]:
     found = [f"traffic.tokens_per_rank={tokens}", f"steps.count={min(2, whole.steps.count)}", "replicas=1"]
     found += ["schedule.engine=max_plus", *layer_overrides(whole)]
     if whole.pipelined:  # two stages that fill a pipeline
-        first = whole.model.moe_layers[0]
+        first = whole.model.moe_layers[0] if whole.model.is_moe else 1
         found += [f"model.num_hidden_layers={first + 3}", "parallel.pp_size=2", f"schedule.micro_batches={micro}"]
         found += ["steps.pilot_ranks=2", "traffic.sequence_length=16"]
     if whole.steps.warmup.steps:
@@ -103,6 +107,19 @@ def test_scenario_runs_in_small(name: str) -> None:
         assert result.experts[result.experts.policy == policy.name].tokens.sum() == pytest.approx(kept, abs=1e-3)
         if policy.capacity.kind == "none":
             assert (mine.dropped_share == 0).all()
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (SCENARIOS / "clusters").glob("*.yaml")))
+def test_every_cluster_times_a_step(name: str) -> None:
+    """On its own topology and formats, communication overlapped with compute."""
+    small = ["replicas=1", "steps.count=1", "steps.warmup.steps=0", "policies=[{name: top-k}]"]
+    small += ["cost.gemm_dtype=bf16", "cost.dispatch_dtype=bf16", "model.n_routed_experts=64"]
+    cluster = yamlfile.read(SCENARIOS / "clusters" / f"{name}.yaml").data
+    size = Cluster.model_validate(cluster)
+    domain = size.topology.domain(size)
+    ep_size = max(8, min(2 * domain, size.n_devices)) if domain < 32 else 32
+    result = sim.run(SCENARIOS / "tiny.yaml", overrides=[*small, f"cluster={json.dumps(cluster)}", f"parallel.ep_size={ep_size}"])
+    assert (result.steps.step_time_s > 0).all() and result.scenario.cluster.device.name == size.device.name
 
 
 # Answers ---------------------------------------------------------------------------------------------------------

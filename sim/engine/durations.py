@@ -62,6 +62,8 @@ class Durations:
         self.tokens = scenario.tokens_per_rank // scenario.schedule.micro_batches
         self.overlapped = overlapped
         lent = self.cost.communication.sms(self.cost.mode) if self.model.is_moe and self.n_ranks > 1 else 0
+        if lent >= self.device.n_sm:  # few wide cores (TPU): copying is not their work
+            lent = 0
         self.sm_fraction = (self.device.n_sm - lent) / self.device.n_sm if overlapped else 1.0
         self.moe_index = {layer: i for i, layer in enumerate(self.model.moe_layers)}
         self.billed_expert_flops = 0
