@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +28,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "table",
         metavar="TABLE",
-        help=".parquet or .csv: aiconfigurator moe_perf, gemm_perf, mla and attention, InferSim, aiter, Vidur",
+        help=".parquet or .csv. MoE: aiconfigurator moe_perf, InferSim grouped_gemm, aiter tuned_fmoe, Frontier's "
+        "moe.csv (Vidur's layout). Dense products: aiconfigurator gemm_perf, Vidur mlp.csv. Attention: aiconfigurator "
+        "context and generation of mla and attention",
     )
     p.add_argument("--device", metavar="NAME|FILE", help="cluster file of the GPU, or its name in scenarios/clusters (default: the one that TABLE's name holds)")  # fmt: skip
     p.add_argument("--json", action="store_true", help="print everything as one JSON object instead of the table")
@@ -69,21 +72,26 @@ def _kernels(args: argparse.Namespace, table: Any) -> int:
     from sim.calibration import kernels
 
     name, device = _device(args.device, args.table)
-    fits = kernels.fit_table(table, device, f"{os.path.basename(args.table)}, fit")
+    fits, left_out = kernels.fit_table(table, device, f"{os.path.basename(args.table)}, fit")
     block = kernels.block(fits)
     if args.out:
         Path(args.out).write_text(block, encoding="utf-8")
     if args.json:
         found = [
             {name: None if value != value else value for name, value in asdict(fit).items()}
-            | {"constants": fit.constants.model_dump(exclude_none=True)}
+            | {"warning": fit.warning, "constants": fit.constants.model_dump(exclude_none=True)}
             for fit in fits
         ]
-        print(json.dumps({"table": args.table, "device": device.name, "cluster": name, "kernels": found}, indent=1))
+        data = {"table": args.table, "device": device.name, "cluster": name, "kernels": found, "left_out": left_out}
+        print(json.dumps(data, indent=1))
         return 0
     print(f"{args.table}: {device.name}\n")
     for fit in fits:
         print(f"{fit.key:12} {kernels.summary(fit)}")
+        if fit.warning:
+            print(f"{'':12} warning: {fit.warning}")
+    for key, reason in left_out.items():
+        print(f"{key:12} left out: {reason}")
     if not args.out:
         print(f"\n{block}", end="")
     return 0
@@ -98,11 +106,11 @@ def _device(given: str | None, table: str) -> tuple[str, Any]:
     known = sorted(path.stem for path in folder.glob("*.yaml"))
     path = folder / f"{given}.yaml"
     if given is None:
-        where = os.path.abspath(table).lower().replace("-", "_")
-        # The file's own name counts before its folders; longer names before their beginnings (b200 is in gb200).
-        words = [os.path.basename(where), where]
-        order = sorted(known, key=lambda name: (-len(name.split("_")[0]), len(name)))
-        found = next((name for word in words for name in order if name.split("_")[0] in word), None)
+        where = os.path.abspath(table)
+        # The file's own name counts before its folders, h800 before h800_2048.
+        words = [_words(os.path.basename(where)), _words(where)]
+        order = sorted(known, key=lambda name: (len(name), name))
+        found = next((name for text in words for name in order if _told(name, text)), None)
         if found is None:
             raise ValueError(
                 f"{table}: the name does not tell the GPU; give --device, one of {', '.join(known)}, or a file"
@@ -114,6 +122,17 @@ def _device(given: str | None, table: str) -> tuple[str, Any]:
         path = Path(given)
     cluster = validate(Cluster, read(path, root=SCENARIOS if path.parent == folder else None))
     return path.stem, cluster.device
+
+
+def _words(text: str) -> str:
+    return f"_{re.sub('[^a-z0-9]+', '_', text.lower())}_"
+
+
+def _told(name: str, words: str) -> bool:
+    """Return whether a cluster's GPU, its name up to the first number, is in ``words``: rtx_pro_6000 or rtxpro6000."""
+    found = re.match(r"\D*[^_]*", name)
+    gpu = found[0] if found else name
+    return f"_{gpu}_" in words or f"_{gpu.replace('_', '')}_" in words
 
 
 if __name__ == "__main__":

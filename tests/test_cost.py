@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from sim.cluster import Cluster, build_network
-from sim.cost import CommunicationCost, ComputeCost, Mode, h100
+from sim.cost import CommunicationCost, ComputeCost, Mode, dense_gemm, grouped_gemm, h100
 from sim.cost.alpha_beta import AlphaBeta
 from sim.cost.calibrated import Calibrated
 from sim.cost.elementwise import expert_pair_bytes, trunk_bytes
@@ -169,6 +169,26 @@ def test_compute_laws(cost: ComputeCost, name: str) -> None:
     for bad in (0.0, 1.5, float("nan")):
         with pytest.raises(ValueError, match="sm_fraction"):
             cost.grouped_gemm_s(dev, **work, sm_fraction=bad)
+
+
+@pytest.mark.parametrize("bad", [-1.0, float("nan")])
+def test_impossible_expert_tokens_are_refused(bad: float) -> None:
+    for cost in (Calibrated(), Roofline()):
+        with pytest.raises(ValueError, match="expert_tokens must not be negative or NaN"):
+            cost.grouped_gemm_s(device("h100"), expert_tokens=[3.0, bad], ep_tokens=3, dtype="fp8", **V3)
+
+
+def test_provenance_tells_measured_from_derived() -> None:
+    says = Calibrated().provenance(device("h800"))
+    assert "grouped GEMM bf16 derived (as grouped_gemm_fp8, at the bf16 peak)" in says
+    assert "grouped GEMM fp8 measured (DeepSeek-V3 training trace" in says
+
+
+def test_weight_gradients_of_other_gpus_run_at_h800_s_ratio() -> None:
+    kernels = device("h800").kernels
+    for fit, ratio in ((kernels.grouped_gemm_fp8, grouped_gemm.WGRAD_RATIO), (kernels.gemm_fp8, dense_gemm.WGRAD_RATIO)):
+        assert fit is not None and fit.wgrad_flops_per_s is not None
+        assert ratio == pytest.approx(fit.wgrad_flops_per_s / fit.flops_per_s, rel=1e-3)
 
 
 def test_unknown_format_is_refused() -> None:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from ruamel.yaml import YAML
 
 from sim.calibrate import main
 from sim.calibration import attention as attention_fit
 from sim.calibration import gemm as gemm_fit
+from sim.calibration.loads import balanced
 from sim.cluster import Cluster
 from sim.cost import ComputeCost, Part, dense_gemm, h100
 from sim.cost.attention import AttentionShape, attended_positions, attention_s, attention_shape, attention_work
@@ -119,6 +120,17 @@ def test_attended_positions_counts_the_mask(q: int, before: int, window: int | N
     seen = [before + i for i in range(1, q + 1)]
     expected = sum(seen if window is None else [min(window, s) for s in seen])
     assert attended_positions(q, before + q, window) == expected
+
+
+@pytest.mark.parametrize(("q", "kv", "read"), [(1, 5000, 100), (4, 5000, 103), (4, 60, 60)])
+def test_a_window_bounds_what_is_read(q: int, kv: int, read: int) -> None:
+    """q queries in a row see the window of the last and q - 1 positions before the first one's."""
+    _, moved = attention_work(LLAMA, "decode", [q], [kv], window=100)
+    assert moved == read * 2048 * 2 + q * 2 * 32 * 256
+    fit = h100.ATTENTION["gqa_prefill"]
+    made = H100.model_copy(update={"kernels": Kernels(gqa_prefill=fit.model_copy(update={"position_s": 1.0}))})
+    longest = COST.attention_s(made, shape=LLAMA, phase="prefill", query_tokens=[q], kv_tokens=[kv], window=100)
+    assert longest == pytest.approx(read, rel=1e-3)
 
 
 def test_shapes_of_models() -> None:
@@ -234,16 +246,23 @@ def test_the_attention_fit_finds_its_law_again() -> None:
         attention_fit.attention_rows(table, "gqa", "decode")
 
 
-def test_calibrate_writes_a_block_that_a_cluster_reads(shared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_calibrate_writes_a_block_that_a_cluster_reads(
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     table = shared / "data" / "aiconfigurator" / "generation_mla_h100.parquet"
-    assert main([str(table)]) == 0
-    text = capsys.readouterr().out
-    block = YAML(typ="safe").load(text[text.index("\nmla_decode:\n") :])
-    ours, shipped = Kernels.model_validate(block).mla_decode, h100.ATTENTION["mla_decode"]
+    assert main([str(table), "--out", str(tmp_path / "block.yaml")]) == 0
+    (tmp_path / "h100.yaml").write_text((SCENARIOS / "clusters" / "h100.yaml").read_text())
+    cluster = tmp_path / "mine.yaml"
+    cluster.write_text("extends: h100.yaml\n" + (tmp_path / "block.yaml").read_text())
+    made = Cluster.model_validate(read(cluster).data).device
+    ours, shipped = made.kernels.mla_decode, h100.ATTENTION["mla_decode"]
     assert ours is not None and ours.flops_per_s == pytest.approx(shipped.flops_per_s, rel=0.01)
+    assert ours.source == "generation_mla_h100.parquet, fit" and made.n_sm == 132
+    capsys.readouterr()
     assert main([str(table), "--json"]) == 0
     (fit,) = json.loads(capsys.readouterr().out)["kernels"]
     assert fit["rows"] == 1448 and 0.05 < fit["fitted_error"] < 0.105 and fit["other_shapes_error"] < 0.105
+    assert fit["warning"] is None
 
 
 def test_calibrate_refuses_a_table_without_usable_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -251,6 +270,183 @@ def test_calibrate_refuses_a_table_without_usable_rows(tmp_path: Path, capsys: p
     pd.DataFrame([{"gemm_dtype": "int8_wo", "m": 1, "n": 512, "k": 512, "latency": 1.0}]).to_csv(table)
     assert main([str(table)]) == 2
     assert "no rows in a number format of NVIDIA H100 SXM; the table has int8_wo" in capsys.readouterr().err
+
+
+def gemm_table(rows: int, scatter: float = 0.0) -> pd.DataFrame:
+    """Rows of H100's own law, every other one off by a factor exp(+-scatter)."""
+    shapes = [(m, n, k) for m in (1, 64, 2048) for n in (512, 4096) for k in (512, 4096)][:rows]
+    table = pd.DataFrame(shapes, columns=["m", "n", "k"]).assign(gemm_dtype="bfloat16")
+    seconds = gemm_fit.predict_s(h100.GEMM_BF16, table, "bf16", 132)
+    return table.assign(latency=1e3 * seconds * np.exp(scatter * (1 - 2 * (np.arange(len(table)) % 2))))
+
+
+def test_calibrate_leaves_out_kernels_of_few_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "gemm_h100.csv"
+    gemm_table(6).to_csv(path)
+    assert main([str(path)]) == 2
+    assert "gemm_bf16: too few rows, 4 to fit to, 8 at least" in capsys.readouterr().err
+    few = gemm_table(4).assign(gemm_dtype="fp8_block")
+    pd.concat([gemm_table(12), few]).to_csv(path)
+    assert main([str(path)]) == 0
+    assert "gemm_fp8     left out: too few rows, 3 to fit to" in capsys.readouterr().out
+
+
+def test_calibrate_warns_of_a_law_that_does_not_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "gemm_h100.csv"
+
+    def no_constant(name: str) -> float:
+        raise AssertionError(f"{name} is not JSON")
+
+    for scatter, warned in ((0.0, False), (1.0, True)):
+        gemm_table(12, scatter).to_csv(path)
+        assert main([str(path)]) == 0
+        assert ("warning: mean error" in capsys.readouterr().out) is warned
+        assert main([str(path), "--json"]) == 0
+        (fit,) = json.loads(capsys.readouterr().out, parse_constant=no_constant)["kernels"]
+        assert (fit["warning"] is not None) is warned
+    # One shape: nothing to hold out, which is no NaN in JSON.
+    one = pd.concat([gemm_table(1).assign(m=2**i, latency=0.01 * (i + 1)) for i in range(9)])
+    one.to_csv(path)
+    assert main([str(path), "--json"]) == 0
+    (fit,) = json.loads(capsys.readouterr().out, parse_constant=no_constant)["kernels"]
+    assert fit["other_shapes_error"] is None
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_calibrate_reads_vidur_mlp_profiles(
+    gated: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Llama-3-8B's layer on two workers: four products in each row, timed by a law that the fit finds again."""
+    sides = {
+        "attn_pre_proj": (3072, 4096),
+        "attn_post_proj": (4096, 2048),
+        "mlp_up_proj": (14_336 if gated else 7168, 4096),
+        "mlp_down_proj": (4096, 7168),
+    }
+    shape = {"n_head": 32, "n_kv_head": 8, "n_embd": 4096, "n_expanded_embd": 14_336, "use_gated_mlp": gated}
+    rows = []
+    for m in (1, 16, 128, 1024, 8192):
+        row = shape | {"num_tokens": m, "num_tensor_parallel_workers": 2}
+        for name, (n, k) in sides.items():
+            work = {"tokens": m, "in_features": k, "out_features": n, "dtype": "bf16"}
+            row[f"time_stats.{name}.median"] = 1e3 * float(COST.gemm_s(H100, **work))
+        rows.append(row)
+    path = tmp_path / "mlp_h100.csv"
+    pd.DataFrame(rows).to_csv(path, index=False)
+    assert main([str(path), "--json"]) == 0
+    (fit,) = json.loads(capsys.readouterr().out)["kernels"]
+    assert fit["key"] == "gemm_bf16" and fit["rows"] == 20 and fit["transferred_error"] < 1e-9
+    assert fit["fitted_error"] < 0.02
+    pd.DataFrame(rows).drop(columns=[f"time_stats.{name}.median" for name in sides]).to_csv(path, index=False)
+    assert main([str(path)]) == 2
+    assert "a Vidur mlp profile needs one of the columns time_stats.attn_pre_proj.median" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["mla_context_module", "dsa_generation_module"])
+def test_calibrate_refuses_tables_of_whole_modules(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"op_name": name, "batch_size": 1, "num_heads": 128, "isl": 1, "step": 1, "latency": 1.0}
+    path = tmp_path / "t_h100.csv"
+    pd.DataFrame([row | {"kv_cache_dtype": "bfloat16"}]).to_csv(path)
+    assert main([str(path)]) == 2
+    assert f"{name} is not a kernel with a law here" in capsys.readouterr().err
+
+
+# Measured rows of aiconfigurator-core 0.12.0, us: gpu's tables moe_perf (tokens, hidden, width, experts, k, EP degree;
+# balanced; TensorRT-LLM 1.3.0rc20, A100 SGLang 0.5.10), gemm_perf (m, n, k; SGLang), context and generation of mla and
+# attention (batch, heads, key-value heads, width of queries and keys, new tokens, context; TensorRT-LLM, gqa decode vLLM).
+# Of all rows that the law meets within 0.6 %, for each constant the one that it moves most: a guard of the constants, not
+# a measure of the fit. A100's mla_decode is not among them: the law misses its rows by 39 %.
+# fmt: off
+MEASURED: list[tuple[str, str, list[tuple[float, ...]]]] = [
+    ("h100", "grouped_gemm_bf16", [(2, 4096, 1536, 128, 8, 64, 41.21), (8192, 6144, 16384, 8, 2, 1, 11870), (32, 6144, 2048, 256, 8, 1, 6424), (8192, 2048, 768, 128, 8, 1, 1466), (4096, 6144, 3072, 128, 4, 64, 157.5)]),
+    ("h100", "grouped_gemm_fp8", [(256, 2048, 512, 256, 8, 256, 25.65), (3072, 6144, 16384, 8, 2, 8, 617.2), (32, 4096, 1024, 512, 10, 1, 1364), (8192, 2048, 768, 128, 8, 2, 1195), (12288, 3072, 1024, 256, 8, 128, 121.2)]),
+    ("h100", "gemm_bf16", [(12, 1024, 128, 3.326), (1280, 2560, 2048, 24.05), (4097, 6144, 16384, 1076), (11, 12288, 10240, 94.07)]),
+    ("h100", "gemm_fp8", [(49, 4096, 128, 4.316), (224, 512, 256, 4.423), (8, 1024, 16384, 22.05), (3073, 16384, 8192, 656.1), (14, 16384, 6144, 40.07), (3329, 128, 12288, 70.78)]),
+    ("h100", "mla_prefill", [(1, 4, 4, 192, 16, 16, 15.47), (1, 1, 1, 192, 8192, 8192, 144.3), (128, 32, 32, 192, 16, 16, 133.4), (1, 32, 32, 192, 32768, 32768, 18010), (128, 32, 32, 192, 256, 256, 674.1), (64, 32, 32, 192, 256, 256, 348.3)]),
+    ("h100", "mla_decode", [(1, 4, 1, 576, 1, 8, 13.47), (32, 128, 1, 576, 1, 16384, 264.9), (512, 64, 1, 576, 1, 8192, 1670), (512, 2, 1, 576, 1, 16, 33.46)]),
+    ("h100", "gqa_prefill", [(1, 4, 2, 128, 128, 128, 15.73), (2, 2, 1, 128, 1536, 1536, 35.7), (256, 32, 8, 64, 1, 1, 220.9), (2, 64, 1, 256, 16384, 16384, 33460), (128, 64, 64, 256, 64, 64, 969.6), (128, 48, 1, 256, 128, 128, 862.5)]),
+    ("h100", "gqa_decode", [(1, 3, 1, 128, 1, 2, 11.47), (2048, 64, 8, 64, 1, 16, 348.1), (16, 64, 1, 128, 1, 8192, 38.33), (64, 1, 1, 256, 1, 65536, 1396), (2048, 1, 1, 256, 1, 2, 96.84)]),
+    ("h200", "grouped_gemm_bf16", [(1, 2048, 512, 256, 8, 256, 30.23), (12288, 6144, 16384, 8, 2, 4, 4409), (16, 6144, 3072, 128, 4, 1, 1714), (8192, 2048, 768, 128, 8, 1, 1291), (6144, 4096, 1536, 128, 8, 64, 114.5)]),
+    ("h200", "grouped_gemm_fp8", [(1, 3072, 1024, 256, 8, 16, 26.57), (2048, 6144, 16384, 8, 2, 4, 694.2), (64, 7168, 2048, 256, 8, 2, 1388), (6144, 2048, 768, 128, 8, 1, 1604), (12288, 3072, 1536, 256, 8, 256, 101.4)]),
+    ("b200", "grouped_gemm_bf16", [(8, 2048, 768, 128, 8, 128, 30.65), (6144, 6144, 16384, 8, 2, 2, 2104), (16, 5120, 8192, 128, 1, 2, 329.1), (12288, 2048, 768, 128, 8, 2, 569.8), (12288, 2816, 704, 128, 8, 16, 155.2)]),
+    ("b200", "grouped_gemm_fp8", [(384, 2048, 512, 256, 8, 256, 31.39), (8192, 6144, 16384, 8, 2, 1, 3570), (64, 5120, 8192, 128, 1, 1, 1437), (16384, 3072, 1536, 256, 8, 1, 2403), (12288, 4096, 2048, 256, 8, 256, 100)]),
+    ("b200", "grouped_gemm_fp4", [(1, 4096, 1024, 512, 10, 32, 40.24), (12288, 5120, 8192, 16, 1, 16, 223.4), (32, 4096, 1024, 512, 10, 1, 465.8), (16384, 3072, 1536, 256, 8, 1, 2554), (16384, 6144, 2048, 256, 8, 256, 257.2)]),
+    ("b200", "gemm_bf16", [(161, 4096, 128, 2.833), (112, 128, 512, 2.884), (113, 256, 8192, 8.884), (3585, 12288, 12288, 683.2), (15, 16384, 16384, 90.19)]),
+    ("b200", "gemm_fp8", [(97, 2048, 256, 6.754), (1792, 16384, 128, 23.53), (9, 256, 16384, 17.5), (3584, 16384, 10240, 411.2), (48, 16384, 6144, 22.73), (16384, 256, 7168, 90.01)]),
+    ("b200", "gemm_fp4", [(113, 128, 128, 4.709), (8192, 16384, 128, 65.97), (6, 512, 16384, 13.83), (4353, 16384, 16384, 508.8), (13, 16384, 16384, 35.14), (4097, 128, 6144, 23.89)]),
+    ("b200", "mla_prefill", [(2, 8, 8, 192, 32, 32, 14.78), (1, 1, 1, 192, 16384, 16384, 234.6), (256, 128, 128, 192, 32, 32, 869.5), (4, 32, 32, 192, 10240, 10240, 3405), (128, 64, 64, 192, 64, 64, 273.5), (64, 128, 128, 192, 512, 512, 1671)]),
+    ("b200", "mla_decode", [(1, 4, 1, 576, 1, 8, 10.82), (512, 128, 1, 576, 1, 8, 49.95), (16, 128, 1, 576, 1, 65536, 234.3), (512, 64, 1, 576, 1, 16384, 1801)]),
+    ("b200", "gqa_prefill", [(4, 6, 1, 256, 16, 16, 14.87), (1, 2, 2, 64, 12288, 12288, 160.7), (256, 16, 1, 128, 1, 1, 101.7), (8, 32, 4, 256, 12288, 12288, 17760), (128, 64, 64, 256, 64, 64, 606.6), (256, 64, 1, 256, 128, 128, 1473)]),
+    ("b200", "gqa_decode", [(1, 4, 1, 64, 1, 4, 9.264), (2048, 12, 2, 64, 1, 32, 44.12), (4, 64, 1, 64, 1, 65536, 25.08), (16, 8, 4, 128, 1, 131072, 588.9), (2048, 16, 4, 256, 1, 16, 158.7)]),
+    ("gb200_nvl72", "grouped_gemm_bf16", [(8, 2048, 768, 128, 8, 128, 29.51), (8192, 6144, 16384, 8, 2, 1, 5053), (8, 6144, 16384, 8, 2, 1, 715.1), (12288, 2816, 704, 128, 8, 1, 1288), (6144, 4096, 1024, 512, 10, 128, 74.8)]),
+    ("gb200_nvl72", "grouped_gemm_fp8", [(512, 2048, 512, 256, 8, 256, 31.27), (16384, 6144, 16384, 8, 2, 1, 6803), (32, 4096, 2048, 256, 8, 1, 1113), (12288, 3072, 1536, 256, 8, 1, 1761), (16384, 3072, 1024, 256, 8, 256, 93.29)]),
+    ("gb200_nvl72", "grouped_gemm_fp4", [(2, 2048, 512, 256, 8, 4, 37.68), (2048, 6144, 16384, 8, 2, 2, 359.8), (48, 3072, 1536, 256, 8, 1, 380.9), (16384, 3072, 1536, 256, 8, 2, 1242), (12288, 5120, 8192, 128, 1, 128, 159.8)]),
+    ("gb200_nvl72", "gemm_bf16", [(64, 128, 128, 2.428), (3841, 2560, 256, 7.317), (160, 256, 8192, 8.343), (8192, 6144, 16384, 902.4), (48, 12288, 10240, 42.83)]),
+    ("gb200_nvl72", "gemm_fp8", [(160, 1024, 256, 6.223), (16384, 12288, 512, 140.5), (256, 256, 10240, 13.53), (4096, 12288, 16384, 493), (49, 16384, 5120, 19.53), (32768, 256, 2560, 64.19)]),
+    ("gb200_nvl72", "gemm_fp4", [(1, 256, 128, 4.193), (2049, 16384, 128, 19.22), (80, 512, 16384, 13.59), (3073, 12288, 10240, 177.3), (4, 16384, 16384, 34.28), (2049, 128, 12288, 26.3)]),
+    ("gb200_nvl72", "mla_prefill", [(1, 1, 1, 192, 16, 16, 14.9), (4, 1, 1, 192, 4096, 4096, 72.89), (128, 32, 32, 192, 1, 1, 95.53), (2, 8, 8, 192, 32768, 32768, 3915), (256, 128, 128, 192, 128, 128, 1365), (32, 32, 32, 192, 512, 512, 218)]),
+    ("gb200_nvl72", "mla_decode", [(1, 16, 1, 576, 1, 2, 11.17), (1024, 8, 1, 576, 1, 32, 44.84), (16, 128, 1, 576, 1, 65536, 228.1), (512, 64, 1, 576, 1, 16384, 1756)]),
+    ("gb200_nvl72", "gqa_prefill", [(1, 12, 1, 256, 16, 16, 15.02), (1, 2, 1, 64, 12288, 12288, 152.5), (256, 32, 1, 128, 1, 1, 177.9), (8, 64, 8, 256, 16384, 16384, 56660), (128, 40, 40, 256, 128, 128, 653.1), (256, 64, 1, 256, 256, 256, 3008)]),
+    ("gb200_nvl72", "gqa_decode", [(1, 24, 1, 64, 1, 32, 9.979), (512, 40, 8, 64, 1, 32, 41.6), (8, 48, 1, 64, 1, 65536, 35.45), (128, 8, 8, 64, 1, 16384, 560.5), (512, 16, 2, 512, 1, 32, 45.94)]),
+    ("a100", "grouped_gemm_bf16", [(1, 3072, 1536, 256, 8, 1, 183.4), (12288, 3072, 1536, 256, 8, 1, 30060), (2, 6144, 16384, 8, 2, 1, 1442), (6144, 6144, 2048, 256, 8, 1, 45510)]),
+    ("a100", "gemm_bf16", [(96, 1536, 128, 5.118), (97, 1536, 128, 5.175), (3328, 4096, 12288, 1316), (15, 10240, 12288, 172.5)]),
+    ("a100", "mla_prefill", [(1, 4, 4, 192, 64, 64, 15.45), (1, 1, 1, 192, 3072, 3072, 117.8), (32, 32, 32, 192, 16, 16, 57.09), (1, 128, 128, 192, 10240, 10240, 27110), (256, 16, 16, 192, 64, 64, 346.5), (64, 32, 32, 192, 256, 256, 706.3)]),
+    ("a100", "gqa_prefill", [(1, 24, 24, 128, 32, 32, 13.82), (1, 4, 4, 128, 1024, 1024, 46.59), (64, 40, 2, 128, 16, 16, 85.5), (4, 96, 1, 128, 16384, 16384, 177000), (128, 96, 96, 128, 32, 32, 702.3), (128, 96, 1, 128, 128, 128, 1749)]),
+    ("a100", "gqa_decode", [(16, 4, 2, 128, 1, 128, 18.52), (2048, 8, 8, 128, 1, 2, 518.8), (8, 32, 1, 128, 1, 16384, 70.47), (64, 4, 4, 128, 1, 32768, 2840)]),
+]
+# fmt: on
+# Nothing in the tables tells these: above this P the kernel reads its cache; A100's pairs cost next to nothing.
+UNSEEN = {("b200", "mla_decode", "flops_per_s"), ("gb200_nvl72", "mla_decode", "flops_per_s"), ("a100", "grouped_gemm_bf16", "pair_bytes_per_s")}  # fmt: skip
+
+
+@pytest.mark.parametrize(("gpu", "kernel", "rows"), MEASURED, ids=lambda value: value if isinstance(value, str) else "")
+def test_constants_fit_measured_rows_better_than_constants_off_by_a_quarter(
+    gpu: str, kernel: str, rows: list[tuple[float, ...]]
+) -> None:
+    made = device(gpu)
+    measured = np.array([row[-1] for row in rows]) * 1e-6
+
+    def error(fit: Any) -> float:
+        held = made.model_copy(update={"kernels": made.kernels.model_copy(update={kernel: fit})})
+        return float(np.abs(np.log(seconds(held, kernel, rows) / measured)).mean())
+
+    fit = shipped(made, kernel)
+    assert fit.source != h100.TRANSFERRED
+    assert error(fit) < 0.01
+    for name, value in fit.model_dump(exclude_none=True).items():
+        if name.endswith("_s") and name != "wgrad_flops_per_s" and value and (gpu, kernel, name) not in UNSEEN:
+            for factor in (0.75, 1.25):
+                assert error(fit.model_copy(update={name: factor * value})) > error(fit), (name, factor)
+
+
+def shipped(made: Device, kernel: str) -> Any:
+    family, _, last = kernel.rpartition("_")
+    if family in ("mla", "gqa"):
+        return h100.attention(made, family, last)
+    return h100.gemm(made, last) if family == "gemm" else h100.grouped_gemm(made, last)
+
+
+def seconds(made: Device, kernel: str, rows: list[tuple[float, ...]]) -> np.ndarray:
+    family, _, last = kernel.rpartition("_")
+    found = []
+    for row in rows:
+        if family == "grouped_gemm":
+            tokens, hidden, width, experts, topk, ep, _ = map(int, row)
+            load = balanced(tokens, experts, topk, ep)
+            work = {"hidden_size": hidden, "moe_intermediate_size": width, "dtype": last}
+            found.append(COST.grouped_gemm_s(made, expert_tokens=load, ep_tokens=tokens, **work))
+        elif family == "gemm":
+            m, n, k, _ = row
+            found.append(COST.gemm_s(made, tokens=m, in_features=k, out_features=n, dtype=last, quantise=True))
+        else:
+            batch, heads, kv_heads, qk, new, context, _ = map(int, row)
+            v = {192: 128, 576: 512}[qk] if family == "mla" else qk
+            shape = AttentionShape(family, heads, kv_heads, qk, v, 576 if family == "mla" else kv_heads * 2 * qk)
+            work = {"query_tokens": equal(batch, new), "kv_tokens": equal(batch, context)}
+            found.append(COST.attention_s(made, shape=shape, phase=last, **work))
+    return np.array(found)
 
 
 # Transfer and the rest ------------------------------------------------------------------------------------------------
@@ -298,6 +494,12 @@ def test_serving_kernels_are_bytes_and_launches() -> None:
     gate = gate_s(COST, H100, tokens=count, hidden_size=7168, n_routed_experts=256, num_experts_per_tok=8)
     router = COST.gemm_s(H100, tokens=count, in_features=7168, out_features=256, dtype="bf16")
     np.testing.assert_allclose(gate - router, fit.overhead_s + count * (1024 + 64) / fit.bandwidth_bytes_per_s)
+
+
+def test_elementwise_against_measured_quantisation() -> None:
+    """aiconfigurator-core 0.12.0, h100_sxm scale_matrix_perf (TensorRT-LLM 1.3.0rc20): m, k, us; bf16 in, fp8 out."""
+    for m, k, measured in ((1, 32, 1.310), (3, 2048, 1.359), (513, 64, 1.398), (3584, 65_536, 230.8), (32_768, 51_200, 1684)):
+        assert COST.elementwise_s(H100, bytes=3 * m * k, kernels=1) * 1e6 == pytest.approx(measured, rel=0.1)
 
 
 def test_thousands_of_ranks_are_one_call() -> None:

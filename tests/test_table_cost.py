@@ -221,6 +221,16 @@ def test_the_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         make(ComputeCost, "table").gemm_s(H100, tokens=1, in_features=1, out_features=1, dtype="bf16")
 
 
+def test_a_folder_is_found_by_words_of_the_device_s_name(tmp_path: Path) -> None:
+    for name in (".cache", "rtx_pro_6000_server", "h100_sxm", "h100_pcie", "gb200"):
+        (tmp_path / name).mkdir()
+    cost = Table(path=str(tmp_path))
+    found = {name: cost.folder(device(name)).name for name in ("rtx_pro_6000", "h100", "gb200_nvl72")}
+    assert found == {"rtx_pro_6000": "rtx_pro_6000_server", "h100": "h100_sxm", "gb200_nvl72": "gb200"}
+    with pytest.raises(ValueError, match="no tables of h200_sxm; gpu must be one of gb200, h100_pcie, h100_sxm, rtx"):
+        cost.folder(device("h200"))
+
+
 def test_two_shapes_of_one_width_must_be_told_apart(tmp_path: Path) -> None:
     write(tmp_path, "moe", "moe_perf", [experts(64, 8, 1.0), experts(64, 8, 2.0, num_experts=384)])
     work = {"expert_tokens": even(64, 32), "ep_tokens": 64} | V3

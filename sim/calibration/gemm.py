@@ -1,7 +1,8 @@
 """Dense GEMM: rows of measured tables, and the constants of `sim.cost.dense_gemm` that fit them.
 
 A table has the columns gemm_dtype, m, n, k and latency (ms), one row per product [m, k] x [k, n]. Block-wise fp8 and
-nvfp4 rows of SGLang time the whole linear layer, quantisation of its bf16 input included; so do the fits.
+nvfp4 rows of SGLang time the whole linear layer, quantisation of its bf16 input included; so do the fits. Vidur's
+mlp.csv holds four products of one model's layer in every row (`from_vidur`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,35 @@ from sim.tokens import F64, Bool
 DTYPES: dict[str, Dtype] = {"bfloat16": "bf16", "fp8_block": "fp8", "nvfp4": "fp4"}
 # Widths of transformer layers. Narrower products are launch-bound, wider ones the tables hold for few m only.
 NARROWEST, WIDEST = 128, 20_000
+VIDUR = {
+    "n_head", "n_kv_head", "n_embd", "n_expanded_embd", "use_gated_mlp", "num_tokens", "num_tensor_parallel_workers",
+}  # fmt: skip
+
+
+def from_vidur(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the dense products of a Vidur mlp.csv (data/profiling/compute/<gpu>/<model>) as a gemm table.
+
+    Its projections, split over the tensor-parallel workers: queries, keys and values in one product, output, gate and
+    up in one, down. fp16, whose tensor rate is bf16's; ms. ValueError without a time column.
+    """
+    tp, hidden, wide = table.num_tensor_parallel_workers, table.n_embd, table.n_expanded_embd
+    heads = table.n_head + 2 * table.n_kv_head
+    gates = np.where(table.use_gated_mlp.astype(str).str.lower() == "true", 2, 1)
+    sides = {
+        "attn_pre_proj": (heads * (hidden // table.n_head) // tp, hidden),
+        "attn_post_proj": (hidden, hidden // tp),
+        "mlp_up_proj": (gates * wide // tp, hidden),
+        "mlp_down_proj": (hidden, wide // tp),
+    }
+    parts = [
+        pd.DataFrame({"m": table.num_tokens, "n": n, "k": k, "latency": table[f"time_stats.{name}.median"]})
+        for name, (n, k) in sides.items()
+        if f"time_stats.{name}.median" in table
+    ]
+    if not parts:
+        names = ", ".join(f"time_stats.{name}.median" for name in sides)
+        raise ValueError(f"a Vidur mlp profile needs one of the columns {names}")
+    return pd.concat(parts, ignore_index=True).assign(gemm_dtype="bfloat16")
 
 
 def gemm_rows(table: pd.DataFrame, dtype: Dtype) -> pd.DataFrame:

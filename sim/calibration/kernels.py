@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from sim.calibration import attention, gemm
+from sim.calibration import attention, gemm, moe
 from sim.calibration.attention import Family
 from sim.cost import h100
 from sim.cost.attention import Phase
@@ -23,6 +23,8 @@ from sim.tokens import F64, Bool
 from sim.units import human
 
 MOST_ROWS = 4000
+# The laws have up to seven constants.
+FEWEST_ROWS = 8
 KERNELS = {"gemm", "mla_context", "mla_generation", "context_attention", "generation_attention"}
 
 
@@ -37,11 +39,17 @@ class KernelFit:
     other_shapes_error: float
     transferred_error: float
 
+    @property
+    def warning(self) -> str | None:
+        """Return what is wrong with a fit that misses too much."""
+        return moe.warning(self.fitted_error, self.other_shapes_error)
+
 
 def knows(table: pd.DataFrame) -> bool:
     """Return whether ``table`` is one of dense products or attention."""
     columns = set(table.columns)
-    return {"gemm_dtype", "m", "n", "k"} <= columns or {"batch_size", "num_heads", "isl", "step"} <= columns
+    known = ({"gemm_dtype", "m", "n", "k"}, {"batch_size", "num_heads", "isl", "step"})
+    return any(needed <= columns for needed in known)
 
 
 def load(path: str) -> pd.DataFrame | None:
@@ -51,6 +59,8 @@ def load(path: str) -> pd.DataFrame | None:
         table = pd.read_parquet(file) if file.suffix == ".parquet" else pd.read_csv(file)
     except (ValueError, OSError):
         return None
+    if set(table.columns) >= gemm.VIDUR:
+        return gemm.from_vidur(table)
     if not knows(table):
         return None
     other = sorted(set(map(str, table.op_name.unique())) - KERNELS) if "op_name" in table else []
@@ -59,32 +69,44 @@ def load(path: str) -> pd.DataFrame | None:
     return table
 
 
-def fit_table(table: pd.DataFrame, device: Device, source: str) -> list[KernelFit]:
-    """Return the fits of all kernels that a table holds and ``device`` has formats for.
+def fit_table(table: pd.DataFrame, device: Device, source: str) -> tuple[list[KernelFit], dict[str, str]]:
+    """Return the fits of all kernels that a table holds and ``device`` has formats for, and why others are left out.
 
-    ValueError: no known columns, or no usable rows.
+    ValueError: no known columns, or nothing to fit.
     """
     if not knows(table):
         raise ValueError(
             "no table of dense products (gemm_dtype, m, n, k) or attention (batch_size, num_heads, isl, step)"
         )
-    fits = list(_gemms(table, device, source) if "gemm_dtype" in table else _attention(table, device, source))
+    left_out: dict[str, str] = {}
+    make = _gemms if "gemm_dtype" in table else _attention
+    fits = list(make(table, device, source, left_out))
+    if not fits and left_out:
+        raise ValueError("; ".join(f"{key}: {reason}" for key, reason in left_out.items()))
     if not fits:
         raise ValueError(f"no rows in a number format of {device.name}; the table has {_formats(table)}")
-    return fits
+    return fits, left_out
+
+
+def _too_few(rows: pd.DataFrame) -> str | None:
+    """Return why ``rows`` are not fitted to, if they are too few."""
+    return f"too few rows, {len(rows)} to fit to, {FEWEST_ROWS} at least" if len(rows) < FEWEST_ROWS else None
 
 
 def _formats(table: pd.DataFrame) -> str:
     return ", ".join(sorted(map(str, table.gemm_dtype.unique()))) if "gemm_dtype" in table else "no attention rows"
 
 
-def _gemms(table: pd.DataFrame, device: Device, source: str) -> Iterator[KernelFit]:
+def _gemms(table: pd.DataFrame, device: Device, source: str, left_out: dict[str, str]) -> Iterator[KernelFit]:
     bare = device.model_copy(update={"kernels": Kernels()})
     for name, dtype in gemm.DTYPES.items():
         if getattr(device.peak_flops_per_s, dtype) is None or name not in set(table.gemm_dtype):
             continue
         rows = gemm.gemm_rows(table, dtype)
         apart = gemm.held_out(rows)
+        if reason := _too_few(rows[~apart]):
+            left_out[f"gemm_{dtype}"] = reason
+            continue
         fit = gemm.fit_gemm(_sample(rows[~apart]), dtype, device, source)
         yield _judged(
             f"gemm_{dtype}", fit, rows, apart,
@@ -93,13 +115,16 @@ def _gemms(table: pd.DataFrame, device: Device, source: str) -> Iterator[KernelF
         )  # fmt: skip
 
 
-def _attention(table: pd.DataFrame, device: Device, source: str) -> Iterator[KernelFit]:
+def _attention(table: pd.DataFrame, device: Device, source: str, left_out: dict[str, str]) -> Iterator[KernelFit]:
     family: Family = "gqa" if "num_key_value_heads" in table else "mla"
     # Decode tables have one query per request; a prefill table has longer ones too.
     phase: Phase = "decode" if (table.isl == 1).all() else "prefill"
     bare = device.model_copy(update={"kernels": Kernels()})
     rows = attention.attention_rows(table, family, phase)
     apart = attention.held_out(rows)
+    if reason := _too_few(rows[~apart]):
+        left_out[f"{family}_{phase}"] = reason
+        return
     fit = attention.fit_attention(_sample(rows[~apart]), family, phase, device, source)
     yield _judged(
         f"{family}_{phase}", fit, rows, apart,
@@ -134,6 +159,8 @@ def block(fits: list[KernelFit]) -> str:
     lines = []
     for fit in fits:
         lines += [f"{fit.key}:", f"  # {summary(fit)}"]
+        if fit.warning:
+            lines.append(f"  # warning: {fit.warning}")
         for name, value in fit.constants.model_dump(exclude_none=True).items():
             if isinstance(value, float):
                 unit = next((write for end, write in _UNIT.items() if name.endswith(end)), lambda value: f"{value:.4g}")
@@ -144,7 +171,8 @@ def block(fits: list[KernelFit]) -> str:
 
 def summary(fit: KernelFit) -> str:
     """Return one line of rows and errors."""
+    other = "none" if np.isnan(fit.other_shapes_error) else f"{100 * fit.other_shapes_error:.1f} %"
     return (
-        f"{fit.rows:,} rows: mean error {100 * fit.fitted_error:.1f} %, other shapes "
-        f"{100 * fit.other_shapes_error:.1f} %; H100's constants by spec ratio {100 * fit.transferred_error:.1f} %."
+        f"{fit.rows:,} rows: mean error {100 * fit.fitted_error:.1f} %, other shapes {other}; H100's constants by spec "
+        f"ratio {100 * fit.transferred_error:.1f} %."
     )

@@ -15,6 +15,13 @@ from sim.tokens import F64, Bool
 
 TILES = (128, 64, 1)
 FEWEST_ROWS = 6
+POOR = 0.3
+
+
+def warning(*errors: float) -> str | None:
+    """Return what to say of a fit with these mean errors, None where all are at most 30 % (or NaN, not known)."""
+    worst = max((error for error in errors if not np.isnan(error)), default=0.0)
+    return f"mean error {100 * worst:.0f} %: the law does not describe this kernel" if worst > POOR else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,13 +158,17 @@ def _rounded(fitted: GroupedGemm, bandwidth: float) -> GroupedGemm:
     return fitted.model_copy(update=changed)
 
 
-def leave_one_out(rows: Rows, device: Device, groups: list[str]) -> dict[str, float]:
-    """Return, for every group of rows, its error under the constants fitted to all others; {} for a single group."""
+def leave_one_out(rows: Rows, device: Device, groups: list[str], judged: Bool | None = None) -> dict[str, float]:
+    """Return, for every group of rows, its error under the constants fitted to all others; {} for a single group.
+
+    judged: which rows the errors are of; all by default.
+    """
     labels = np.array(groups)
+    seen = np.ones(len(labels), dtype=bool) if judged is None else judged
     names = sorted(set(groups), key=lambda name: (len(name), name))
     errors: dict[str, float] = {}
     for name in names:
         rest = labels != name
-        if rest.sum() >= FEWEST_ROWS and len(names) > 1:
-            errors[name] = mape(fit(rows.part(rest), device, ""), rows.part(~rest))
+        if rest.sum() >= FEWEST_ROWS and len(names) > 1 and (~rest & seen).any():
+            errors[name] = mape(fit(rows.part(rest), device, ""), rows.part(~rest & seen))
     return errors

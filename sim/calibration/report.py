@@ -120,6 +120,8 @@ def table(result: list[Kernel]) -> str:
         lines.append(
             f"  fitted {_percent(k.error)}   shipped {_percent(k.shipped)}   from H100 {_percent(k.transferred)}"
         )
+        if said := moe.warning(k.error):
+            lines.append(f"  warning: {said}")
         lines.append(f"  leave one EP out    {_worst(k.without_ep, 'EP')}")
         lines.append(f"  leave one shape out {_worst(k.without_shape, '')}")
         lines.append(f"  skewed rows {_percent(k.uneven)}   tensor-parallel rows {_percent(k.narrow)}")
@@ -140,6 +142,7 @@ def as_data(result: list[Kernel]) -> dict[str, Any]:
             "dropped": k.dropped,
             "constants": None if k.fit is None else k.fit.model_dump(exclude_none=True),
             "mape": plain(k.error),
+            "warning": moe.warning(k.error),
             "mape_shipped": plain(k.shipped),
             "mape_from_h100": plain(k.transferred),
             "mape_uneven": plain(k.uneven),

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from sim.cost import ComputeCost, Part, Pass, attention, dense_gemm, grouped_gemm, h100
 from sim.cost.attention import AttentionShape, Phase
 from sim.cost.h100 import TRANSFERRED
-from sim.cost.roofline import BACKWARD_ATTENTION, f64, sm_share
+from sim.cost.roofline import BACKWARD_ATTENTION, f64, loads, sm_share
 from sim.hardware import BYTES_PER_ELEMENT, Device, Dtype, GroupedGemm
 from sim.tokens import F64
 
@@ -50,7 +50,7 @@ class Calibrated(ComputeCost):
         return grouped_gemm.grouped_gemm_s(
             constants.products if products_only else constants,
             sm_fraction=sm_share(sm_fraction),
-            expert_tokens=expert_tokens,
+            expert_tokens=loads(expert_tokens),
             ep_tokens=ep_tokens,
             hidden_size=hidden_size,
             moe_intermediate_size=moe_intermediate_size,
@@ -130,7 +130,10 @@ class Calibrated(ComputeCost):
 
 
 def _stated(source: str) -> str:
-    return source if source == TRANSFERRED else f"measured ({source})"
+    """A source that begins with "as" or "assumed" is no measurement of this kernel."""
+    if source == TRANSFERRED:
+        return source
+    return f"{'derived' if source.startswith(('as ', 'assumed')) else 'measured'} ({source})"
 
 
 def _by_source(sources: dict[str, str]) -> list[str]:

@@ -28,6 +28,14 @@ def sm_share(sm_fraction: npt.ArrayLike) -> F64:
     return share
 
 
+def loads(expert_tokens: npt.ArrayLike) -> F64:
+    """Return ``expert_tokens`` as float64; ValueError where one is negative or NaN."""
+    tokens = f64(expert_tokens)
+    if not tokens.min(initial=0.0) >= 0:
+        raise ValueError("expert_tokens must not be negative or NaN")
+    return tokens
+
+
 def expert_work(
     expert_tokens: npt.ArrayLike,
     hidden_size: int,
@@ -41,7 +49,7 @@ def expert_work(
     read and write of fp32 gradients instead), a pair's input in ``dtype`` and its output in bf16. expert_tokens
     [..., e] as in `ComputeCost.grouped_gemm_s`; both results [...].
     """
-    tokens = f64(expert_tokens)
+    tokens = loads(expert_tokens)
     n, experts = tokens.sum(axis=-1), np.count_nonzero(tokens, axis=-1)
     weight = 8.0 if part == "wgrad" else BYTES_PER_ELEMENT[dtype]
     moved = 3 * experts * hidden_size * moe_intermediate_size * weight

@@ -36,8 +36,8 @@ class Table(ComputeCost):
     """Measured tables of one framework's kernels.
 
     framework: whose; of its versions the newest that holds a row counts, of its kernels the quickest. path: a folder of
-    the package's layout instead of the package. gpu: the folder of a device; by default the device's name (``NVIDIA
-    H100 SXM`` is h100_sxm). num_experts, num_experts_per_tok: which of a table's MoE shapes, where several have one
+    the package's layout instead of the package. gpu: the folder of a device; by default the longest made of words of
+    the device's name (``NVIDIA H100 SXM``: h100_sxm). num_experts, num_experts_per_tok: which of a table's MoE shapes, where several have one
     hidden and expert width.
 
     Routed experts are the balanced row at the rank's own pairs and active experts, not a ``power_law`` row: those are
@@ -69,9 +69,12 @@ class Table(ComputeCost):
     def folder(self, device: Device) -> Path:
         """Return the device's folder; ValueError lists those that exist."""
         root = self.root()
+        known = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
         name = self.gpu or device.name.lower().removeprefix("nvidia ").replace(" ", "_")
-        if not (root / name).is_dir():
-            known = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+        if self.gpu is None:
+            words = set(name.split("_"))
+            name = max((entry for entry in known if words >= set(entry.split("_"))), key=len, default=name)
+        if name not in known:
             raise ValueError(
                 f"table: no tables of {name}; gpu must be one of {', '.join(known) or 'none: it is empty'}"
             )
