@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 from sim.pipeline import Chunk, Pipeline
@@ -15,5 +16,5 @@ class NoPipeline(Pipeline):
     def program(self, rank: int, pp_size: int, micro_batches: int) -> list[Chunk]:
         return []
 
-    def problems(self, pp_size: int, micro_batches: int):  # type: ignore[no-untyped-def]
-        return iter(())
+    def problems(self, pp_size: int, micro_batches: int) -> Iterator[tuple[str, str]]:
+        yield from ()
