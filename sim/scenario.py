@@ -251,7 +251,8 @@ class Scenario(settings.Block):
                 dtype=self.cost.gemm_dtype,
             )
         except ValueError as error:
-            yield ("cost", "gemm_dtype"), str(error)
+            key = "compute" if str(error).startswith(self.cost.compute.kind) else "gemm_dtype"
+            yield ("cost", key), str(error)
 
     def _traffic_problems(self) -> Iterator[Rule]:
         """Start recorded traffic once, so that a trace that does not fit the model is refused before anything runs."""

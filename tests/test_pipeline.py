@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +14,11 @@ from pydantic import ValidationError
 
 import sim
 from sim.cluster import build_network
-from sim.cost.collectives import all_gather_s, point_to_point_s, reduce_scatter_s
+from sim.cost.collectives import all_gather_s, all_reduce_s, point_to_point_s, reduce_scatter_s
 from sim.engine import des, maxplus, pipeline
 from sim.engine.chunks import ChunkTimes
-from sim.engine.step import PARTS, hop_s, optimizer_s, programs
+from sim.engine.durations import Durations
+from sim.engine.step import PARTS, hop_s, optimizer_s, pipelined_step, programs
 from sim.engine.training import Work, build_plan
 from sim.exchange import Exchange
 from sim.model import Model
@@ -281,6 +283,35 @@ def test_optimizer_and_hops_by_hand() -> None:
         slowest = max(slowest, seconds)
         assert optimizer_s(scenario, policy) >= seconds + moved / bandwidth * 0.9
     assert optimizer_s(scenario, policy) == pytest.approx(slowest, rel=0.01)
+
+
+def test_a_step_waits_for_its_slowest_group() -> None:
+    scenario = load(ROOT / "scenarios" / "tiny.yaml", [*PIPELINED, "parallel.dp_size=16", "cluster.nodes=16"])
+    policy = scenario.policies[0]
+    plan = programs(scenario, policy)
+
+    def step(*per_chunk_ps: int) -> dict[str, Any]:
+        times = {
+            (rank, group): np.full(len(program), spent, dtype=np.int64)
+            for rank, program in enumerate(plan)
+            for group, spent in enumerate(per_chunk_ps)
+        }
+        return pipelined_step(scenario, policy, times)
+
+    slow = step(10**9, 3 * 10**9)
+    assert slow["makespan_ps"] == step(3 * 10**9, 3 * 10**9)["makespan_ps"] > step(10**9, 10**9)["makespan_ps"]
+    assert (slow["parts"]["bubble"].reshape(4, 2)[:, 0] > slow["parts"]["bubble"].reshape(4, 2)[:, 1]).all()
+
+
+def test_tensor_parallelism_is_two_all_reduces_and_heads_move_their_logits() -> None:
+    scenario = load(ROOT / "scenarios" / "tiny.yaml", ["parallel.tp_size=4", "schedule.overlap=none"])
+    d = Durations(scenario, scenario.policies[0], build_network(scenario.cluster, 8), overlapped=False)
+    layer, head = model_blocks(scenario.model, False)[0], model_blocks(scenario.model, False)[-1]
+    one = float(all_reduce_s(scenario.cluster, 4, 128 * 4 * 1024 * 2.0, 4))
+    assert d.even_ps(layer, "tensor_parallel", "forward") == pytest.approx(2 * one * 1e12)
+    product = d.gemm_s(2 * 32000 * 1024, 32000 * 1024, 1024, "forward", "bf16")
+    logits = float(scenario.cost.compute.elementwise_s(scenario.cluster.device, bytes=128 * 32000 * 4.0))
+    assert d.even_ps(head, "head", "forward") == pytest.approx((product + logits) * 1e12)
 
 
 def test_groups_of_one_domain_need_no_network() -> None:
