@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sim.tokens import F64, I32
+import numpy as np
+
+from sim.tokens import F64, I32, Bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,11 @@ class Network:
     link_latency_s: F64
     paths: I32
     nic_bytes_per_s: float | None = None
+
+    @property
+    def inside(self) -> Bool:
+        """[L]: links within a node or NVLink domain."""
+        return np.isin(self.link_kind, ("nvlink", "xgmi", "ub", "ici"))
 
     @property
     def n_nodes(self) -> int:

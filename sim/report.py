@@ -147,7 +147,7 @@ def _by_topic(result: Result) -> list[str]:
 def _simulated(scenario: Scenario) -> int:
     """Devices that the run simulates for the scenario's own split."""
     parallel = scenario.parallel
-    return parallel.ep_size * (parallel.ep_groups * parallel.pp_size if scenario.pipelined else 1)
+    return parallel.devices if scenario.pipelined else parallel.ep_size
 
 
 def describe(scenario: Scenario) -> list[str]:

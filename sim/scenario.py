@@ -148,7 +148,7 @@ class Scenario(settings.Block):
                 moe_intermediate_size=width,
             )
         kept, element = {"none": (15.0, 2.0), "selective": (4.0, 1.0), "full": (2.0, 0.0)}[schedule.recompute]
-        shards = (parallel.dp_size or max(1, parallel.ep_size // parallel.tp_size)) * schedule.pipeline.copies
+        shards = parallel.dense_ranks * schedule.pipeline.copies
 
         def bytes_of(dense: float, experts: float, layers: float, logits: float) -> dict[str, float]:
             """layers: alive micro-batches times layers. logits: tokens whose logits are held."""
@@ -171,12 +171,12 @@ class Scenario(settings.Block):
             in_flight = parallel.pp_size + 1 if parallel.pp_size > 1 else schedule.micro_batches
             return bytes_of(dense, held, in_flight * -(-model.num_hidden_layers // parallel.pp_size), 0.0)
         stages, found = self.stages(policy), []
-        layers_of = [float(sum(block.kind in ("moe", "dense") for block in stage)) for stage in stages]
+        layers_of = [float(sum(not block.is_head for block in stage)) for stage in stages]
         for rank in range(parallel.pp_size):
             blocks = [block for stage in schedule.pipeline.stages(rank, parallel.pp_size) for block in stages[stage]]
             sizes = [block_parameters(model, block) for block in blocks]
             program = schedule.pipeline.program(rank, parallel.pp_size, schedule.micro_batches)
-            heads = any(block.kind in ("head", "mtp_head") for block in blocks)
+            heads = any(block.is_head for block in blocks)
             found.append(
                 bytes_of(
                     sum(dense for dense, _ in sizes) / parallel.tp_size,
@@ -232,7 +232,7 @@ class Scenario(settings.Block):
         if self.pipelined and self.traffic.provides == "ids":
             yield ("traffic",), "a pipeline needs generated traffic: recorded choices have no batches to fill it"
         for i, slow in enumerate(self.stragglers):
-            count = self.parallel.ep_size * (self.parallel.ep_groups * self.parallel.pp_size if self.pipelined else 1)
+            count = self.parallel.devices if self.pipelined else self.parallel.ep_size
             if slow.device >= count:
                 yield ("stragglers", i, "device"), f"must be < {count}, the devices simulated"
         if self.steps.warmup.steps and self.steps.warmup.ranks > self.parallel.ep_size:
@@ -282,7 +282,7 @@ class Scenario(settings.Block):
                     f"x tp_size must be a multiple of ep_size = {parallel.ep_size}: whole EP groups",
                 )
         if self.pipelined:
-            needed = parallel.pp_size * parallel.ep_size * parallel.ep_groups
+            needed = parallel.devices
             if needed > devices:
                 yield (
                     (*where, "pp_size"),
@@ -319,7 +319,8 @@ class Scenario(settings.Block):
             yield (*where, "tp_size"), f"must divide ep_size = {parallel.ep_size}"
         if parallel.pp_size > model.num_hidden_layers:
             yield (*where, "pp_size"), f"must be <= num_hidden_layers = {model.num_hidden_layers}"
-        yield from self._group_problems(where, policy)
+        grouping = list(self._group_problems(where, policy))
+        yield from grouping
         if model.is_moe:
             if model.n_routed_experts % parallel.ep_size:
                 yield (*where, "ep_size"), f"must divide n_routed_experts = {model.n_routed_experts}"
@@ -367,9 +368,8 @@ class Scenario(settings.Block):
                     yield (*at, "capacity"), "what capacity drops cannot be drawn: set steps.resolution: token"
         elif policy.select.kind != "dense":
             yield (*at, "select"), "a model without routed experts takes select: dense"
-        runs = not any(schedule_rule for schedule_rule in self._group_problems(where, policy))
         twin = any(self.model_of(p) == model and self.parallel_of(p) == parallel for p in self.policies[:i])
-        if parallel.ep_size <= devices and parallel.pp_size <= model.num_hidden_layers and runs and not twin:
+        if parallel.ep_size <= devices and parallel.pp_size <= model.num_hidden_layers and not grouping and not twin:
             # Memory comes last: it is only worth saying when the split itself makes sense, and once for all alike.
             text = refusal(self.memory(policy), self.cluster.device.memory_bytes)
             if text:

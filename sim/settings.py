@@ -37,6 +37,16 @@ class Parallel(Block):
     then has ``dp_size x tp_size / ep_size`` EP groups, which share ZeRO-1's optimiser state."""
 
     @property
+    def dense_ranks(self) -> int:
+        """Data-parallel ranks of the non-expert layers of a stage."""
+        return self.dp_size or max(1, self.ep_size // self.tp_size)
+
+    @property
+    def devices(self) -> int:
+        """Devices of all stages and groups."""
+        return self.pp_size * self.ep_groups * self.ep_size
+
+    @property
     def ep_groups(self) -> int:
         """Expert-parallel groups that work on each stage."""
         return max(1, (self.dp_size or 0) * self.tp_size // self.ep_size)

@@ -238,7 +238,7 @@ def _price(scenario: Scenario, index: int, step_time_s: float) -> dict[str, floa
     """
     policy, device = scenario.policies[index], scenario.cluster.device
     parallel, model = scenario.parallel_of(policy), scenario.model_of(policy)
-    devices = parallel.pp_size * parallel.ep_size * parallel.ep_groups
+    devices = parallel.devices
     tokens = scenario.tokens_per_rank * parallel.ep_size * parallel.ep_groups
     flops = model.training_flops_per_token(scenario.schedule.sequence_length) * tokens / (devices * step_time_s)
     hours = devices * step_time_s / tokens * 1e12 / 3600

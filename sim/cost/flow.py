@@ -119,8 +119,7 @@ def _low_latency(network: Network, constants: Kernels, loops: bool) -> tuple[I64
     flows, p, n_links = incidence(network), network.n_ranks, len(network.link_names)
     source, target = np.divmod(np.arange(p * p), p)
     away = source // flows.ranks_per_node != target // flows.ranks_per_node
-    inside = np.array([kind in ("nvlink", "xgmi", "ub", "ici") for kind in network.link_kind], dtype=bool)
-    rate = network.link_bandwidth_bytes_per_s * np.where(inside, constants.low_latency_share, 1.0)
+    rate = network.link_bandwidth_bytes_per_s * np.where(network.inside, constants.low_latency_share, 1.0)
     latency = flows.direct.latency_s + np.where(away | loops, constants.low_latency_nic_s, 0.0)
     links = flows.direct.links
     if loops:

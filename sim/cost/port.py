@@ -102,8 +102,7 @@ class Port(CommunicationCost):
         away = node[:, None] != node
         remote = ranks * away if self._all_by_nic(network) else ranks
         moved = link_bytes(network, rank_tokens=remote, node_tokens=nodes, bytes_per_token=size, mode="low_latency")
-        inside = np.array([kind in ("nvlink", "xgmi", "ub", "ici") for kind in network.link_kind], dtype=bool)
-        rate = network.link_bandwidth_bytes_per_s * np.where(inside, constants.low_latency_share, 1.0)
+        rate = network.link_bandwidth_bytes_per_s * np.where(network.inside, constants.low_latency_share, 1.0)
         busy = flows.direct.slowest(moved / rate).reshape(*ranks.shape[:-2], p, p)
         if self._all_by_nic(network):
             away, sent = np.ones_like(away), ranks * ~np.eye(p, dtype=bool)

@@ -101,7 +101,7 @@ def _items(
     if way == "weights":  # put off: nothing to exchange, nothing between the products
         phases = {"moe": ["shared_experts"] * shared + ["experts_wgrad", "attention"], "dense": ["dense_ffn", "attention"]}
         return [item(phase, before) for phase in phases.get(block.kind, ["head"])]
-    if block.kind in ("head", "mtp_head"):
+    if block.is_head:
         return [item("head", before)]
     items: list[Item] = []
     if block.kind == "moe":

@@ -37,8 +37,7 @@ def hop_s(scenario: Scenario, policy: Policy) -> float:
     parallel, model = scenario.parallel_of(policy), scenario.model_of(policy)
     tokens = scenario.tokens_per_rank // scenario.schedule.micro_batches
     domain = scenario.cluster.topology.domain(scenario.cluster)
-    devices = parallel.pp_size * parallel.ep_size * parallel.ep_groups
-    return float(point_to_point_s(scenario.cluster, tokens * model.hidden_size * 2.0, inter_node=devices > domain))
+    return float(point_to_point_s(scenario.cluster, tokens * model.hidden_size * 2.0, inter_node=parallel.devices > domain))
 
 
 def optimizer_s(scenario: Scenario, policy: Policy) -> float:
@@ -51,10 +50,10 @@ def optimizer_s(scenario: Scenario, policy: Policy) -> float:
     model, stages = scenario.model_of(policy), scenario.stages(policy)
     copies = schedule.pipeline.copies
     domain = cluster.topology.domain(cluster)
-    dense_ranks = (parallel.dp_size or max(1, parallel.ep_size // parallel.tp_size)) * copies
+    dense_ranks = parallel.dense_ranks * copies
     expert_ranks = parallel.ep_groups * copies
     # Members of a group that share a node; the copies of a stage lie at the other end of the pipeline.
-    if parallel.pp_size * parallel.ep_size * parallel.ep_groups <= domain:
+    if parallel.devices <= domain:
         dense_beside, expert_beside = dense_ranks, expert_ranks
     else:
         dense_beside = max(1, min(domain // parallel.tp_size, dense_ranks // copies))

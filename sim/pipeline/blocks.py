@@ -16,6 +16,10 @@ class Block(NamedTuple):
     layer: int
     kind: Literal["moe", "dense", "head", "mtp_head"]
 
+    @property
+    def is_head(self) -> bool:
+        return self.kind in ("head", "mtp_head")
+
 
 def layer_blocks(model: Model) -> list[Block]:
     """Return the layers of ``model`` in forward order."""
@@ -64,7 +68,7 @@ def stage_blocks(
     blocks = model_blocks(model, mtp)
     cost = tuple(
         head_flops(model, block) * head_weight
-        if block.kind in ("head", "mtp_head")
+        if block.is_head
         else model.layer_flops_per_token(block.layer, sequence_length).total
         for block in blocks
     )
