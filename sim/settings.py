@@ -16,6 +16,8 @@ from sim.pipeline.none import NoPipeline
 from sim.placement import Placement
 from sim.placement.linear import Linear
 from sim.plugin import Choice
+from sim.replicas import ReplicaChoice
+from sim.replicas.static import Static
 
 
 class Block(BaseModel):
@@ -130,5 +132,7 @@ class Policy(Gating):
 
     name: str = Field(min_length=1, max_length=40)
     placement: Annotated[Placement, Choice(Placement)] = Linear()
+    replicas: Annotated[ReplicaChoice, Choice(ReplicaChoice)] = Static()
+    """Which copy of a replicated expert a token goes to."""
     model: Model | None = None
     parallel: Parallel | None = None

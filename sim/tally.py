@@ -13,9 +13,10 @@ from sim.gating import Choices, Gate, Router
 from sim.gating.balance import Sample, Seen
 from sim.kernels.choose import Kernels
 from sim.metrics.balance import max_vio, uniform_max_vio
-from sim.placement import expert_to_rank
+from sim.placement import Observed
 from sim.rng import stream
 from sim.scenario import Scenario
+from sim.slots import Slots
 from sim.tokens import F32, F64, I16, I32, I64, Tokens
 
 SAMPLE_TOKENS = 16_384
@@ -65,13 +66,21 @@ class Tally:
             dynamics=scenario.router_dynamics,
         )
         self.experts, self.ranks = model.n_routed_experts, scenario.parallel.ep_size
-        slots = self.policy.placement.place(
-            self.experts, self.ranks, stream(scenario.seed, "placement", replica, layer)
+        place = self.policy.placement
+        slots = Slots(
+            self.experts,
+            self.ranks,
+            place.num_redundant_experts,
+            scenario.cluster.topology.domain(scenario.cluster),
+            model.n_group or 1,
         )
+        seen, rng = Observed.nothing(1, self.experts), stream(scenario.seed, "placement", replica, layer)
+        ranks = np.empty(self.experts, dtype=np.int32)
+        ranks[place.place(slots, seen, rng)[0]] = slots.slot_rank
         self.result = Counts(
             index,
             layer,
-            expert_to_rank(slots, self.experts, self.ranks),
+            ranks,
             np.zeros((scenario.steps.count, self.experts), dtype=np.int64),
             np.zeros(scenario.steps.count, dtype=np.int64),
             np.zeros(scenario.steps.count),

@@ -6,18 +6,20 @@ from typing import Literal
 
 import numpy as np
 
-from sim.placement import Placement
+from sim.placement import Observed, Placement
+from sim.slots import Slots
 from sim.tokens import I32
 
 
 class RoundRobin(Placement):
-    """Expert e lives on rank e mod ep_size.
+    """Expert e lives on rank e mod ep_size; redundant slots repeat the first experts.
 
-    >>> RoundRobin().place(8, 4, np.random.default_rng(0)).tolist()
-    [0, 4, 1, 5, 2, 6, 3, 7]
+    >>> RoundRobin().place(Slots(8, 4), Observed.nothing(1, 8), np.random.default_rng(0)).tolist()
+    [[0, 4, 1, 5, 2, 6, 3, 7]]
     """
 
     kind: Literal["round_robin"] = "round_robin"
 
-    def place(self, n_routed_experts: int, ep_size: int, rng: np.random.Generator) -> I32:
-        return np.arange(n_routed_experts, dtype=np.int32).reshape(-1, ep_size).T.ravel()
+    def place(self, slots: Slots, observed: Observed, rng: np.random.Generator) -> I32:
+        dealt = np.arange(slots.n_slots, dtype=np.int32).reshape(-1, slots.ep_size).T.ravel()
+        return np.tile(dealt % np.int32(slots.n_routed_experts), (observed.expert_tokens.shape[1], 1))

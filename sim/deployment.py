@@ -1,0 +1,118 @@
+"""The ``serving`` block of a scenario: who asks, which units serve, what they may hold, and what goes wrong."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from sim.plugin import Choice
+from sim.requests import RequestSource
+from sim.settings import Block, Parallel
+from sim.units import Seconds
+
+
+class Unit(Block):
+    """Identical groups of devices that serve together: one expert-parallel group each, its attention data-parallel over
+    ep_size / tp_size ranks. All ranks of a unit run their iterations in step, since every MoE layer joins them."""
+
+    name: str = Field(min_length=1, max_length=40)
+    role: Literal["mixed", "prefill", "decode"] = "mixed"
+    """``mixed`` units do both (colocated); ``prefill`` units hand a request's cache over to a ``decode`` unit."""
+    count: int = Field(default=1, gt=0, le=10_000)
+    parallel: Parallel = Parallel()
+    mode: Literal["normal", "low_latency"] | None = None
+    """DeepEP's kernels; None: low_latency for decode units, cost.mode for others."""
+    micro_batches: Literal[1, 2] = 1
+    """2: two halves of a batch interleaved, one communicating while the other computes (two-batch overlap)."""
+    max_num_seqs: int = Field(default=256, gt=0)
+    """Requests of one data-parallel rank that run at a time (vLLM)."""
+    max_num_batched_tokens: int = Field(default=8192, gt=0)
+    """Tokens of one data-parallel rank in one iteration (vLLM)."""
+    chunked_prefill: bool = True
+    """Whether a prompt may be cut at max_num_batched_tokens; without, prompts are taken whole, before any decode."""
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
+    """Share of device memory for weights, activations and cache (vLLM)."""
+    kv_cache_tokens: int | None = Field(default=None, gt=0)
+    """Tokens of cache on one data-parallel rank; None: what memory leaves."""
+    kv_cache_bytes_per_element: float = Field(default=2.0, gt=0)
+    block_size: int = Field(default=16, gt=0)
+    """Tokens of a cache block."""
+    prefix_cache: bool = False
+    """Whether finished prefixes stay cached, least recently used out first, while there is room."""
+    cuda_graph_sizes: tuple[int, ...] = ()
+    """Decode batches of a rank are padded to the next of these sizes; above the last one, and if empty, not at all."""
+    load_balance_method: Literal["round_robin", "shortest_queue", "fewest_tokens"] = "fewest_tokens"
+    """How requests are spread over units and data-parallel ranks (SGLang ``load_balance_method``)."""
+    speculative_tokens: int = Field(default=0, ge=0, le=8)
+    """Tokens that an MTP module proposes per iteration."""
+    acceptance: float = Field(default=0.85, ge=0, le=1)
+    """Probability that a proposed token is accepted, given that those before it were (DeepSeek-V3 report: 0.85-0.9)."""
+    host_overhead_s: Seconds = 0.0
+    """Scheduler and launch time of an iteration that the device waits for."""
+    max_queue: int | None = Field(default=None, ge=0)
+    """Waiting requests of a unit beyond which new ones are refused; None: no limit."""
+
+
+class Slo(Block):
+    """A request counts towards goodput if it meets all that is set."""
+
+    ttft_s: Seconds | None = None
+    tpot_s: Seconds | None = None
+    e2e_s: Seconds | None = None
+
+
+class Fault(Block):
+    """Something that goes wrong in one group of a unit."""
+
+    at_s: Seconds
+    until_s: Seconds | None = None
+    """When it ends; None: never."""
+    unit: str
+    index: int = Field(default=0, ge=0)
+    """Which of the unit's groups."""
+    rank: int = Field(ge=0)
+    kind: Literal["slow_device", "slow_link", "dead_rank"]
+    factor: float = Field(default=2.0, ge=1, le=1e3)
+    """How many times slower: the rank's compute, or the bytes that its network ports move per second."""
+    recovery_s: Seconds = 25.0
+    """Time after a death in which the group serves nothing while it regroups (vLLM issue 38862: about 25 s). Experts with
+    a replica elsewhere stay; lost ones are loaded on the ranks that are left, one after the other."""
+
+
+class Rebalance(Block):
+    """When experts move. ``interval_s: null`` keeps the first plan."""
+
+    interval_s: Seconds | None = None
+    window_s: Seconds | None = None
+    """Traffic that a plan looks back on; None: one interval."""
+    threshold: float = Field(default=1.0, ge=0, le=1)
+    """Keep the map while the mean balancedness (mean over max rank load) of the window is above this (SGLang
+    ``eplb_min_rebalancing_utilization_threshold``); 1: always rebalance."""
+    forecast: Literal["last_window", "ema", "periodic"] = "last_window"
+    ema_decay: float = Field(default=0.5, ge=0, lt=1)
+    period_s: Seconds = 86_400.0
+    layers_per_chunk: int = Field(default=1, gt=0)
+    """Layers whose experts move together (SGLang ``eplb_rebalance_layers_per_chunk``), while serving goes on."""
+    solver_s: Seconds = 0.0
+    """Time of making a plan, on the host: it delays the move, not the serving."""
+
+
+class Serving(Block):
+    """Requests in, tokens out."""
+
+    requests: Annotated[RequestSource, Choice(RequestSource)]
+    duration_s: Annotated[float, Field(gt=0, le=1e7)]
+    """Arrivals stop here; the run ends when the last request does."""
+    warmup_s: Seconds = 0.0
+    """Requests that arrive before this count in no mean."""
+    units: Annotated[tuple[Unit, ...], Field(min_length=1, max_length=16)]
+    slo: Slo = Slo()
+    faults: tuple[Fault, ...] = ()
+    rebalance: Rebalance = Rebalance()
+    sampled_layers: int = Field(default=8, gt=0)
+    """MoE layers whose routing is simulated, evenly spread; the others are taken to behave like them on average."""
+    pool_tokens: int = Field(default=8192, gt=0)
+    """Tokens per topic that are routed once, from which batches are drawn."""
+    draws: int = Field(default=4, gt=0)
+    """Batches drawn for every size that is timed; iterations take one of them in turn."""
