@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from sim.exchange import Exchange
-from sim.tokens import I64
+from sim.tokens import I32, I64
 
 
 class ConservationError(AssertionError):
@@ -67,6 +67,15 @@ def _between(law: str, value: I64, low: I64, high: I64) -> None:
         raise ConservationError(
             f"{law} out of bounds at {where}: {low[tuple(where)]} <= {value[tuple(where)]} <= {high[tuple(where)]}"
         )
+
+
+def check_replicas(slot_tokens: I64, physical_to_logical_map: I32, expert_tokens: I64) -> None:
+    """Check that of every source the slots of an expert got exactly its tokens: slot_tokens [P, S], expert_tokens [P, E]."""
+    found = np.zeros_like(expert_tokens)
+    np.add.at(found.T, physical_to_logical_map, slot_tokens.T)
+    if not np.array_equal(found, expert_tokens) or slot_tokens.min(initial=0) < 0:
+        rank, expert = np.argwhere(found != expert_tokens)[0] if (found != expert_tokens).any() else (-1, -1)
+        raise ConservationError(f"C5 an expert's slots get its tokens: source {rank}, expert {expert}")
 
 
 def check_time(parts: dict[str, I64], makespan_ps: int) -> None:

@@ -80,24 +80,6 @@ class Fault(Block):
     a replica elsewhere stay; lost ones are loaded on the ranks that are left, one after the other."""
 
 
-class Rebalance(Block):
-    """When experts move. ``interval_s: null`` keeps the first plan."""
-
-    interval_s: Seconds | None = None
-    window_s: Seconds | None = None
-    """Traffic that a plan looks back on; None: one interval."""
-    threshold: float = Field(default=1.0, ge=0, le=1)
-    """Keep the map while the mean balancedness (mean over max rank load) of the window is above this (SGLang
-    ``eplb_min_rebalancing_utilization_threshold``); 1: always rebalance."""
-    forecast: Literal["last_window", "ema", "periodic"] = "last_window"
-    ema_decay: float = Field(default=0.5, ge=0, lt=1)
-    period_s: Seconds = 86_400.0
-    layers_per_chunk: int = Field(default=1, gt=0)
-    """Layers whose experts move together (SGLang ``eplb_rebalance_layers_per_chunk``), while serving goes on."""
-    solver_s: Seconds = 0.0
-    """Time of making a plan, on the host: it delays the move, not the serving."""
-
-
 class Serving(Block):
     """Requests in, tokens out."""
 
@@ -109,7 +91,6 @@ class Serving(Block):
     units: Annotated[tuple[Unit, ...], Field(min_length=1, max_length=16)]
     slo: Slo = Slo()
     faults: tuple[Fault, ...] = ()
-    rebalance: Rebalance = Rebalance()
     sampled_layers: int = Field(default=8, gt=0)
     """MoE layers whose routing is simulated, evenly spread; the others are taken to behave like them on average."""
     pool_tokens: int = Field(default=8192, gt=0)

@@ -75,10 +75,10 @@ class DrawnTally(Tally):
             return
         ids = parts[0].kept if len(parts) == 1 else np.concatenate([choices.kept for choices in parts])
         cut = Cut.of(tokens.sequence, tokens.n_tokens, self.micro_batches)
-        blocks = block_counts(ids, cut, self.result.expert_rank, self.group_ranks, self.ranks_per_node, self.experts)
+        blocks = block_counts(ids, cut, self.hosting.expert_rank, self.group_ranks, self.ranks_per_node, self.experts)
         # Every draw is a sum of blocks, so what holds for the pilot's blocks, counted twice, holds for all.
         found = blocks.sum(axis=(0, 1), dtype=np.int64)
-        copies = self.gate.kernels.distinct_groups(ids, self.result.expert_rank, self.group_ranks)
+        copies = self.gate.kernels.distinct_groups(ids, self.hosting.expert_rank, self.group_ranks)
         if not np.array_equal(found[: self.experts], self.kept[:, tokens.rank].sum(axis=0)):
             raise ConservationError("C1 a pilot's blocks hold its tokens' experts")
         if int(found[self.experts : self.experts + self.group_ranks].sum()) != copies:

@@ -25,7 +25,7 @@ _EXPERTS = (
 _CONTROL = ("max_vio_late", "settling_step", "ripple", "churn")
 _TIME = (
     "step_time_s", "attention_s", "experts_s", "other_compute_s", "exposed_communication_s", "waiting_s",
-    "tokens_per_s_per_gpu",
+    "tokens_per_s_per_gpu", "moved_bytes", "step_and_moves_s",
 )  # fmt: skip
 _PIPELINE_TIME = (
     "step_time_s", "forward_s", "backward_s", "weight_gradients_s", "overlapped_s", "bubble_s", "optimizer_s",

@@ -65,6 +65,8 @@ METRICS = (
     Metric("other_compute_s", "other compute ms", 4, 1e3),
     Metric("exposed_communication_s", "exposed comm ms", 4, 1e3),
     Metric("waiting_s", "waiting ms", 4, 1e3),
+    Metric("moved_bytes", "moved GB /step", 4, 1e-9),
+    Metric("step_and_moves_s", "step with moves ms", 5, 1e3),
     Metric("forward_s", "forward ms", 5, 1e3),
     Metric("backward_s", "backward ms", 5, 1e3),
     Metric("weight_gradients_s", "weight gradients ms", 5, 1e3),

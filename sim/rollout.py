@@ -119,10 +119,12 @@ def run(task: Task) -> list[Counts]:
         gain = warmup.gain ** (1.0 - step / max(1, warmup.steps - 1))
         for tally in _each(learners):
             tally.learn(-1, gain, warming_up=True)
+    _history(task, source, layers)
     measured = set(measured_steps(scenario))
     _pilot(task, source, layers)
     for step in range(steps.count):
         for tally in _each(layers):
+            tally.hosting.begin(step)
             tally.reset(ranks, measure=step in measured)
         batch = source.batch("train", step, n_ranks=ranks, tokens_per_rank=scenario.group_tokens)
         routed, judged = _those(layers, lambda tally: tally.wants_tokens), step == steps.count - 1
@@ -134,6 +136,24 @@ def run(task: Task) -> list[Counts]:
     for tallies in layers.values():
         _bound(tallies)
     return [layers[layer][i].finish() for i in range(len(task.policies)) for layer in task.layers]
+
+
+def _history(task: Task, source: Source, layers: Layers) -> None:
+    """Show placements that look at loads what came before the first step, and let them plan."""
+    scenario = task.scenario
+    curious = _those(layers, lambda tally: tally.hosting.wants_history)
+    steps = max((tally.hosting.rule.history_steps for tally in _each(curious)), default=0)
+    ranks, tokens = scenario.parallel.ep_size, scenario.group_tokens
+    for step in range(steps):
+        batch = source.batch("history", step, n_ranks=ranks, tokens_per_rank=tokens)
+        these = _those(curious, lambda tally, step=step: step < tally.hosting.rule.history_steps)  # type: ignore[misc]
+        for tally in _each(these):
+            tally.reset(ranks, measure=False)
+        _route(task, batch, these, ranks, "history", step)
+        for tally in _each(these):
+            tally.observe()
+    for tally in _each(curious):
+        tally.hosting.first_plan()
 
 
 def _pilot(task: Task, source: Source, layers: Layers) -> None:

@@ -12,18 +12,23 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 from pydantic import Field, ValidationError
 
 from sim import settings, yamlfile
 from sim.cluster import Cluster
 from sim.cost.memory import refusal, serving_memory_bytes, training_memory_bytes
+from sim.deployment import Serving
 from sim.gating.balance import Balance
 from sim.hardware import BYTES_PER_ELEMENT
 from sim.model import Model
 from sim.pipeline import alive
 from sim.pipeline.blocks import Block, block_parameters, stage_blocks
+from sim.placement import Observed
 from sim.plugin import Choice
+from sim.rng import stream
 from sim.settings import Cost, Parallel, Policy, Schedule, Steps, Straggler
+from sim.slots import Slots
 from sim.traffic import Traffic, TrafficShape
 from sim.yamlfile import Document, Problem, ScenarioError
 
@@ -48,6 +53,8 @@ class Scenario(settings.Block):
     schedule: Schedule = Schedule()
     cost: Cost = Cost()
     stragglers: tuple[Straggler, ...] = ()
+    serving: Serving | None = None
+    """Requests to serve and the units that do; None: the run is one of ``steps``."""
     policies: Annotated[tuple[Policy, ...], Field(min_length=1, max_length=100)]
 
     def model_of(self, policy: Policy) -> Model:
@@ -62,6 +69,17 @@ class Scenario(settings.Block):
 
     def parallel_of(self, policy: Policy) -> Parallel:
         return policy.parallel or self.parallel
+
+    def slots(self, policy: Policy, parallel: Parallel | None = None) -> Slots:
+        """Slots of ``policy``'s experts in every MoE layer of one EP group. Raises ValueError where they do not divide."""
+        model, split = self.model_of(policy), parallel or self.parallel_of(policy)
+        return Slots(
+            n_routed_experts=model.n_routed_experts,
+            ep_size=split.ep_size,
+            num_redundant_experts=policy.placement.num_redundant_experts,
+            ranks_per_node=self.cluster.topology.domain(self.cluster),
+            n_group=model.n_group,
+        )
 
     def pilots_once(self, policy: Policy) -> bool:
         """Whether one count-level pilot serves all steps: nothing moves the gate, nor the traffic."""
@@ -129,7 +147,8 @@ class Scenario(settings.Block):
         model, parallel, schedule = self.model_of(policy), self.parallel_of(policy), self.schedule
         experts = model.parameters.routed_experts
         dense = (model.total_parameters - experts) / (parallel.pp_size * parallel.tp_size)
-        held = experts / (parallel.ep_size * parallel.pp_size)
+        copies = 1 + policy.placement.num_redundant_experts / max(1, model.n_routed_experts)
+        held = experts * copies / (parallel.ep_size * parallel.pp_size)
         micro_tokens = self.tokens_per_rank / schedule.micro_batches
         pairs = model.num_experts_per_tok + model.n_shared_experts if model.is_moe else 1.0
         width = (model.moe_intermediate_size if model.is_moe else model.intermediate_size) or 0
@@ -292,6 +311,44 @@ class Scenario(settings.Block):
             for field, rule in schedule.pipeline.problems(parallel.pp_size, schedule.micro_batches):
                 yield ((*where, field) if field == "pp_size" else ("schedule", field)), rule
 
+    def _hosting_problems(self, at: tuple[str | int, ...], where: tuple[str | int, ...], policy: Policy) -> Iterator[Rule]:
+        """Slots that do not divide, placements that refuse them, and what only some runs can do with them."""
+        model, placement, rule = self.model_of(policy), policy.placement, policy.rebalance
+        redundant = placement.num_redundant_experts
+        try:
+            slots = self.slots(policy)
+        except ValueError:
+            if redundant:
+                yield (
+                    (*at, "placement", "num_redundant_experts"),
+                    f"{model.n_routed_experts} + {redundant} slots must be a multiple of ep_size = "
+                    f"{self.parallel_of(policy).ep_size}",
+                )
+            else:
+                yield (
+                    (*where, "ep_size"),
+                    f"must divide n_routed_experts = {model.n_routed_experts} (or set placement.num_redundant_experts)",
+                )
+            return
+        try:
+            nothing = Observed.nothing(1, model.n_routed_experts)
+            placement.place(slots, nothing, stream(self.seed, "placement", "checked"))
+        except ValueError as error:
+            yield (*at, "placement"), str(error)
+        if slots.n_slots > np.iinfo(np.int16).max:
+            yield (*at, "placement", "num_redundant_experts"), f"{slots.n_slots} slots, at most {np.iinfo(np.int16).max}"
+        if redundant and self.schedule.phase == "training":
+            yield (
+                (*at, "placement", "num_redundant_experts"),
+                "replicas are for phase: forward; in training they would have to share gradients",
+            )
+        if rule.interval_steps is not None and self.schedule.phase == "training":
+            yield (*at, "rebalance", "interval_steps"), "moving experts needs phase: forward"
+        if self.steps.resolution == "count" and (redundant or placement.needs or rule.interval_steps):
+            yield (*at, "placement"), f"{placement.kind} looks at every token: set steps.resolution: token"
+        if rule.forecast == "periodic" and rule.interval_steps and rule.period_steps is None:
+            yield (*at, "rebalance", "period_steps"), "is what forecast: periodic needs"
+
     def _policy_problems(self, i: int, policy: Policy) -> Iterator[Rule]:
         at: tuple[str | int, ...] = ("policies", i)
         base, k = policy.model or self.model, policy.num_experts_per_tok
@@ -322,8 +379,7 @@ class Scenario(settings.Block):
         grouping = list(self._group_problems(where, policy))
         yield from grouping
         if model.is_moe:
-            if model.n_routed_experts % parallel.ep_size:
-                yield (*where, "ep_size"), f"must divide n_routed_experts = {model.n_routed_experts}"
+            yield from self._hosting_problems(at, where, policy)
             if policy.parallel and parallel.ep_size != self.parallel.ep_size:
                 yield (
                     (*where, "ep_size"),

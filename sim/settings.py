@@ -18,6 +18,7 @@ from sim.placement.linear import Linear
 from sim.plugin import Choice
 from sim.replicas import ReplicaChoice
 from sim.replicas.static import Static
+from sim.units import Seconds
 
 
 class Block(BaseModel):
@@ -127,6 +128,34 @@ class Straggler(Block):
     slowdown: float = Field(ge=1, le=1e3)
 
 
+class Rebalance(Block):
+    """When experts move, and from what the next placement is planned. Steps count in a run of steps, seconds in one that
+    serves requests; without an interval the first plan stays."""
+
+    interval_steps: int | None = Field(default=None, gt=0)
+    interval_s: Annotated[float, Field(gt=0)] | None = None
+    window_steps: int | None = Field(default=None, gt=0, le=10_000)
+    """Steps that a plan looks back on; None: one interval."""
+    window_s: Annotated[float, Field(gt=0)] | None = None
+    history_steps: int = Field(default=1, ge=0, le=1000)
+    """Steps of the same traffic before the first one, from which the first plan is made; 0: experts start in order."""
+    threshold: float = Field(default=1.0, ge=0, le=1)
+    """A layer keeps its map while the balancedness (mean over largest rank load) of its window is at least this (SGLang
+    ``eplb_min_rebalancing_utilization_threshold``); 1: unless the balance is perfect."""
+    forecast: Literal["last_window", "ema", "periodic"] = "last_window"
+    """``last_window``: the next loads are those of the window. ``ema``: older steps of all that was seen count less, by
+    ``ema_decay`` per interval. ``periodic``: they are those of the same phase, one period ago, where that was seen."""
+    ema_decay: float = Field(default=0.5, ge=0, lt=1)
+    period_steps: int | None = Field(default=None, gt=0)
+    period_s: Annotated[float, Field(gt=0)] = 86_400.0
+    layers_per_chunk: int = Field(default=1, gt=0)
+    """Layers whose experts move together (SGLang ``eplb_rebalance_layers_per_chunk``)."""
+    transfer: Literal["stall", "background"] = "stall"
+    """Whether the devices wait while experts move, or only the messages of the exchange do, which share the links."""
+    solver_s: Seconds = 0.0
+    """Time of making one plan on the host: stalls as ``transfer`` says."""
+
+
 class Policy(Gating):
     """One competitor: a gate, a placement, and optionally another model or split for it (the dense baselines)."""
 
@@ -134,5 +163,6 @@ class Policy(Gating):
     placement: Annotated[Placement, Choice(Placement)] = Linear()
     replicas: Annotated[ReplicaChoice, Choice(ReplicaChoice)] = Static()
     """Which copy of a replicated expert a token goes to."""
+    rebalance: Rebalance = Rebalance()
     model: Model | None = None
     parallel: Parallel | None = None

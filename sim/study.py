@@ -20,6 +20,7 @@ from sim.conservation import ConservationError, check_time
 from sim.engine import breakdown, des, maxplus, violations
 from sim.engine.chunks import ChunkTimes
 from sim.engine.durations import slowdowns
+from sim.engine.moves import Moves, transfer
 from sim.engine.step import pipelined_step, programs
 from sim.engine.training import Work, build_plan
 from sim.estimate import Estimate, TooBig, estimate, free_memory_bytes
@@ -95,7 +96,28 @@ def _time_step(job: tuple[Scenario, int, list[list[Exchange]]]) -> dict[str, Any
         raise ConservationError("; ".join(broken))
     parts = breakdown(plan, timeline)
     check_time(parts, timeline.makespan_ps)
-    return {"parts": parts, "makespan_ps": timeline.makespan_ps, "events": timeline.n_events}
+    talking = [i for i, op in enumerate(plan.ops) if op.stream != "compute"]
+    spent = int((timeline.end_ps[talking] - timeline.start_ps[talking]).sum())
+    return {
+        "parts": parts,
+        "makespan_ps": timeline.makespan_ps,
+        "events": timeline.n_events,
+        "communicating": spent / max(1, timeline.makespan_ps * plan.n_ranks),
+    }
+
+
+def _moves(scenario: Scenario, counts: Mapping[tuple[int, int], list[Counts]]) -> dict[tuple[int, int, int], Moves]:
+    """What every new placement moves, by (replica, policy, step)."""
+    found: dict[tuple[int, int, int], Moves] = {}
+    for (replica, index), layers in counts.items():
+        steps = sorted({step for layer in layers for step in layer.moves})
+        if steps:
+            policy = scenario.policies[index]
+            network = build_network(scenario.cluster, scenario.parallel_of(policy).ep_size)
+            for step in steps:
+                sent = [layer.moves[step] for layer in layers if step in layer.moves]
+                found[replica, index, step] = transfer(scenario, policy, network, sent)
+    return found
 
 
 @dataclass(frozen=True)
@@ -278,5 +300,5 @@ def simulate(scenario: Scenario, jobs: int | None, expected: Estimate, progress:
         todo = [(scenario, index, exchanges) for _, index, _, exchanges in timing_jobs]
         timed = list(_watched(workers.map(_time_step, todo), len(todo), "timing", progress))
     timing = {(replica, index, step): t for (replica, index, step, _), t in zip(timing_jobs, timed, strict=True)}
-    tables = tabulate(scenario, counts, timing)
+    tables = tabulate(scenario, counts, timing, _moves(scenario, counts))
     return Result(scenario, tables, summarise(tables, scenario), sum(int(t["events"]) for t in timed))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from sim.conservation import ConservationError
+from sim.engine.moves import Moves
 from sim.exchange import Exchange, token_bytes
 from sim.metrics.balance import (
     balancedness_mean,
@@ -21,8 +23,10 @@ from sim.metrics.balance import (
 )
 from sim.metrics.dynamics import churn, ripple, settling_step
 from sim.metrics.specialisation import mutual_information_bits, topic_max_vio
+from sim.placement import replica_counts
 from sim.rollout import measured_steps
 from sim.scenario import Scenario
+from sim.settings import Rebalance
 from sim.tally import Counts
 from sim.tokens import I64
 from sim.units import PS_PER_S
@@ -31,7 +35,12 @@ Table = dict[str, list[Any]]
 Timing = Mapping[tuple[int, int, int], dict[str, Any]]  # (replica, policy, step) -> parts, makespan
 
 
-def tabulate(scenario: Scenario, counts: Mapping[tuple[int, int], list[Counts]], timing: Timing) -> dict[str, Table]:
+def tabulate(
+    scenario: Scenario,
+    counts: Mapping[tuple[int, int], list[Counts]],
+    timing: Timing,
+    moved: Mapping[tuple[int, int, int], Moves] = MappingProxyType({}),
+) -> dict[str, Table]:
     """Return the tables by name.
 
     steps: per step, means over MoE layers and the time of timed steps. layers: per step and MoE layer. totals: per MoE
@@ -44,7 +53,7 @@ def tabulate(scenario: Scenario, counts: Mapping[tuple[int, int], list[Counts]],
         model, parallel = scenario.model_of(policy), scenario.parallel_of(policy)
         for replica in range(scenario.replicas):
             found = counts.get((replica, index), [])
-            ranks = [_rank_loads(scenario, result) for result in found]
+            ranks = [result.rank_tokens for result in found]
             per_layer = [_layer_rows(scenario, result, loads) for result, loads in zip(found, ranks, strict=True)]
             head: dict[str, Any] = {"policy": policy.name, "replica": replica}
             for step in range(scenario.steps.count):
@@ -59,6 +68,8 @@ def tabulate(scenario: Scenario, counts: Mapping[tuple[int, int], list[Counts]],
                 clock = timing.get((replica, index, step))
                 exchanges = [r.exchanges[step] for r in found] if step in measured else []
                 row |= _exchange_row(scenario, index, exchanges) | _time_row(scenario, index, clock)
+                if policy.rebalance.interval_steps:
+                    row |= _moves_row(policy.rebalance, moved.get((replica, index, step)), clock)
                 _append(tables["steps"], row)
                 for result, r in zip(found, rows, strict=True):
                     _append(tables["layers"], head | {"step": step, "layer": model.moe_layers[result.layer]} | r)
@@ -76,9 +87,11 @@ def tabulate(scenario: Scenario, counts: Mapping[tuple[int, int], list[Counts]],
             for result in found:
                 where = head | {"layer": model.moe_layers[result.layer]}
                 _append(tables["totals"], where | _total_row(scenario, result))
+                copies, slots = replica_counts(result.map, model.n_routed_experts).tolist(), result.map.tolist()
+                per_rank = len(slots) // parallel.ep_size
                 for expert, n in enumerate(result.expert_tokens.sum(axis=0).tolist()):
-                    rank = int(result.expert_rank[expert])
-                    _append(tables["experts"], where | {"expert": expert, "device": rank, "tokens": n})
+                    at = {"device": slots.index(expert) // per_rank, "replicas": copies[expert]}
+                    _append(tables["experts"], where | {"expert": expert, **at, "tokens": n})
                 for step, topic_tokens in result.topic_tokens.items():
                     for row in _topic_rows(scenario, topic_tokens, result.topic_asked[step]):
                         _append(tables["topics"], where | {"step": step} | row)
@@ -101,14 +114,6 @@ def _k(scenario: Scenario, result: Counts) -> int:
     """Experts that a token asks for, on average and rounded."""
     tokens = scenario.parallel.ep_size * scenario.group_tokens * len(result.asked)
     return max(1, round(int(result.asked.sum()) / tokens))
-
-
-def _rank_loads(scenario: Scenario, result: Counts) -> I64:
-    """[S, P] kept pairs of token and expert that each rank's experts receive."""
-    order = np.argsort(result.expert_rank, kind="stable")
-    loads = result.expert_tokens[:, order]
-    received: I64 = loads.reshape(len(loads), scenario.parallel.ep_size, -1).sum(axis=2)
-    return received
 
 
 def _layer_rows(scenario: Scenario, result: Counts, ranks: I64) -> dict[str, Any]:
@@ -161,7 +166,9 @@ def _total_row(scenario: Scenario, result: Counts) -> dict[str, float]:
         asked = np.sum(list(result.topic_asked.values()), axis=0)
         row["specialisation_bits"] = float(mutual_information_bits(by_topic))
         row["topic_max_vio"] = float(topic_max_vio(by_topic))
-        row["dropped_worst_topic"] = float((1.0 - by_topic.sum(axis=1) / np.maximum(asked, 1))[asked > 0].max(initial=0.0))
+        row["dropped_worst_topic"] = float(
+            (1.0 - by_topic.sum(axis=1) / np.maximum(asked, 1))[asked > 0].max(initial=0.0)
+        )
     return row
 
 
@@ -199,6 +206,18 @@ def _exchange_row(scenario: Scenario, index: int, layers: list[list[Exchange]]) 
         "devices_per_token": ranks / tokens,
         "inter_node_bytes": float(copies * per_copy * passes),
     }
+
+
+def _moves_row(rule: Rebalance, moves: Moves | None, clock: dict[str, Any] | None) -> dict[str, float]:
+    """What a new placement before this step moves, and what that adds to its time: all of it where devices wait, else what
+    the exchange, busy for its part of the step, has to share its links for."""
+    moves = moves or Moves(0.0, 0.0)
+    row = {"moved_bytes": moves.moved_bytes, "move_s": moves.transfer_s}
+    if clock is None:
+        return row | {"step_and_moves_s": math.nan}
+    solver_s = rule.solver_s if moves.transfer_s else 0.0
+    stall = moves.transfer_s + solver_s if rule.transfer == "stall" else moves.transfer_s * clock["communicating"]
+    return row | {"step_and_moves_s": clock["makespan_ps"] / PS_PER_S + stall}
 
 
 TIME_PARTS = ("attention_s", "experts_s", "other_compute_s", "exposed_communication_s", "waiting_s")

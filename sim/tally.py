@@ -11,12 +11,11 @@ from sim.conservation import ConservationError, check_exchange
 from sim.exchange import Exchange, dispatch_layout
 from sim.gating import Choices, Gate, Router
 from sim.gating.balance import Sample, Seen
+from sim.hosting import Hosting, coactivation
 from sim.kernels.choose import Kernels
 from sim.metrics.balance import max_vio, uniform_max_vio
-from sim.placement import Observed
-from sim.rng import stream
+from sim.replicas import assign
 from sim.scenario import Scenario
-from sim.slots import Slots
 from sim.tokens import F32, F64, I16, I32, I64, Tokens
 
 SAMPLE_TOKENS = 16_384
@@ -27,25 +26,29 @@ SAMPLE_TOKENS = 16_384
 class Counts:
     """What one policy did in one layer over all steps (S steps, E experts).
 
-    expert_tokens: [S, E] int64 kept pairs of token and expert. asked: [S] int64 pairs before capacity; asked_max_vio: [S]
+    expert_tokens: [S, E] int64 kept pairs of token and expert. rank_tokens: [S, P] int64, those that each rank's experts
+    receive. By step with a new placement:
+    moves ([P, P] int64 experts sent from rank to rank before it). asked: [S] int64 pairs before capacity; asked_max_vio: [S]
     MaxVio of those. kept_affinity: [S] natural affinity of the kept choices over that of the unrestricted top-k. By
     measured step: exchanges (one `Exchange` per micro-batch), topic_tokens ([topics, E] int64 kept), topic_asked
     ([topics] int64), scopes (mean MaxVio over the groups of a scope). oracle_kept_affinity: bound on what any perfectly balanced choice could keep, on a sample of
-    the last step. state: final balancing state. offset_rms: of the logit offsets that balancing learned.
+    the last step. map: [slots] int32, the expert in each slot at the end. state: final balancing state. offset_rms: of the logit offsets that balancing learned.
     """
 
     policy: int
     layer: int
-    expert_rank: I32
     expert_tokens: I64
+    rank_tokens: I64
     asked: I64
     asked_max_vio: F64
     kept_affinity: F64
     exchanges: dict[int, list[Exchange]] = field(default_factory=dict)
+    moves: dict[int, I64] = field(default_factory=dict)
     topic_tokens: dict[int, I64] = field(default_factory=dict)
     topic_asked: dict[int, I64] = field(default_factory=dict)
     scopes: dict[int, dict[str, float]] = field(default_factory=dict)
     oracle_kept_affinity: float = math.nan
+    map: I32 = field(default_factory=lambda: np.zeros(0, np.int32))
     state: list[F64] = field(default_factory=list)
     offset_rms: float = 0.0
 
@@ -66,22 +69,12 @@ class Tally:
             dynamics=scenario.router_dynamics,
         )
         self.experts, self.ranks = model.n_routed_experts, scenario.parallel.ep_size
-        place = self.policy.placement
-        slots = Slots(
-            self.experts,
-            self.ranks,
-            place.num_redundant_experts,
-            scenario.cluster.topology.domain(scenario.cluster),
-            model.n_group or 1,
-        )
-        seen, rng = Observed.nothing(1, self.experts), stream(scenario.seed, "placement", replica, layer)
-        ranks = np.empty(self.experts, dtype=np.int32)
-        ranks[place.place(slots, seen, rng)[0]] = slots.slot_rank
+        self.hosting = Hosting(scenario, self.policy, replica, layer)
         self.result = Counts(
             index,
             layer,
-            ranks,
             np.zeros((scenario.steps.count, self.experts), dtype=np.int64),
+            np.zeros((scenario.steps.count, self.ranks), dtype=np.int64),
             np.zeros(scenario.steps.count, dtype=np.int64),
             np.zeros(scenario.steps.count),
             np.zeros(scenario.steps.count),
@@ -111,6 +104,8 @@ class Tally:
         self.best_affinity = self.kept_affinity = 0.0
         self.samples: list[Sample] = []
         self.natural: list[F32] = []
+        self.pairs_seen: F64 | None = None
+        self.ids: dict[tuple[int, int], I16] = {}
         self.topic_asked: I64 = np.zeros((self.n_topics, experts), dtype=np.int64)
         if measure:
             nodes = -(-n_ranks // self.ranks_per_node)
@@ -136,15 +131,18 @@ class Tally:
         rank, kernels, experts = tokens.rank, self.gate.kernels, self.experts
         kept = choices.kept
         if self.measure:
-            layout = dispatch_layout(kept, self.result.expert_rank, self.n_ranks, self.ranks_per_node, experts, kernels)
-            self.rank_tokens[part, rank] = layout.num_tokens_per_rank
-            self.node_tokens[part, rank] = layout.num_tokens_per_rdma_rank
-            self.kept[part, rank] = layout.num_tokens_per_expert
-            self.copies[part, rank] = layout.copies
+            if self.hosting.single:
+                self.kept[part, rank] = self._lay_out(part, rank, kept, self.hosting.expert_rank)
+            else:  # which slots they go to may depend on what the other ranks ask for
+                self.kept[part, rank] = kernels.expert_tokens(kept, experts)
+                self.ids[part, rank] = kept
             self.pairs[part, rank] = np.count_nonzero(kept >= 0)
             self._take_groups(tokens, rows, kept)
         else:
             self.kept[part, rank] = kernels.expert_tokens(kept, experts)
+        if self.hosting.watches_pairs:
+            seen = coactivation(kept, experts)
+            self.pairs_seen = seen if self.pairs_seen is None else self.pairs_seen + seen
         if choices.asked is kept:
             self.asked[part, rank] = self.kept[part, rank]
         else:
@@ -155,6 +153,15 @@ class Tally:
             )
         if self.n_topics > 1 and (self.measure or self.learns):
             self.topic_asked += by_group(tokens.topic[rows], choices.asked, self.n_topics, experts)
+
+    def _lay_out(self, part: int, rank: int, ids: I16, at_rank: I32) -> I64:
+        """Count where a source's tokens go; ``at_rank``: the rank of each expert or slot that ``ids`` name."""
+        kernels, nodes = self.gate.kernels, self.ranks_per_node
+        layout = dispatch_layout(ids, at_rank, self.n_ranks, nodes, len(at_rank), kernels)
+        self.rank_tokens[part, rank] = layout.num_tokens_per_rank
+        self.node_tokens[part, rank] = layout.num_tokens_per_rdma_rank
+        self.copies[part, rank] = layout.copies
+        return layout.num_tokens_per_expert
 
     def _take_groups(self, tokens: Tokens, rows: slice, kept: I16) -> None:
         if self.n_topics > 1:
@@ -199,6 +206,11 @@ class Tally:
         result.asked[step] = self.asked.sum()
         result.asked_max_vio[step] = max_vio(self.asked.sum(axis=(0, 1)))
         result.kept_affinity[step] = self.kept_affinity / self.best_affinity if self.best_affinity > 0 else 1.0
+        self.quotas = [self.hosting.quotas(kept) for kept in self.kept]
+        result.rank_tokens[step] = sum(self.hosting.rank_tokens(quota) for quota in self.quotas)
+        if self.hosting.moved is not None:
+            result.moves[step] = self.hosting.moved
+        self.observe()
         if not self.measure:
             return
         result.exchanges[step] = self._exchanges(tokens_per_rank)
@@ -219,18 +231,26 @@ class Tally:
         if self.n_topics > 1:
             result.topic_tokens[step], result.topic_asked[step] = self.topic_kept, self.topic_asked.sum(axis=1)
 
+    def observe(self) -> None:
+        """Let the placement remember what was counted since `reset`."""
+        self.hosting.observe(self.kept.sum(axis=(0, 1)), self.pairs_seen)
+
     def _exchanges(self, tokens_per_rank: int) -> list[Exchange]:
-        found = []
+        found, slots = [], self.hosting.slots
         size = tokens_per_rank // self.micro_batches
         rows = self.gate.capacity.padded_tokens(size, self.gate.k, self.experts)
-        for part in range(self.micro_batches):
+        for part, quota in enumerate(self.quotas):
+            for rank in range(self.n_ranks if self.ids else 0):
+                ids = assign(self.ids[part, rank], quota[rank], self.hosting.map)
+                if not np.array_equal(self._lay_out(part, rank, ids, slots.slot_rank), quota[rank]):
+                    raise ConservationError(f"C5 source {rank} fills its quotas")
             exchange = Exchange(
                 self.rank_tokens[part],
                 self.node_tokens[part],
-                self.kept[part],
-                self.result.expert_rank,
+                quota,
+                slots.slot_rank,
                 self.copies[part],
-                None if rows is None else np.full((self.n_ranks, self.experts), rows, dtype=np.int64),
+                None if rows is None else np.full((self.n_ranks, slots.n_slots), rows, dtype=np.int64),
             )
             check_exchange(exchange, size, self.pairs[part])
             found.append(exchange)
@@ -239,7 +259,7 @@ class Tally:
     def finish(self) -> Counts:
         """Return the result with the gate's final state."""
         gate, result = self.gate, self.result
-        result.state = gate.states
+        result.state, result.map = gate.states, self.hosting.map
         if gate.offset is not None:
             learned = gate.offset if gate.natural_offset is None else gate.offset - gate.natural_offset
             learned = learned - learned.mean(axis=-1, keepdims=True)  # what moves all experts alike moves nothing

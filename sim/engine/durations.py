@@ -59,6 +59,7 @@ class Durations:
         self.parallel = scenario.parallel_of(policy)
         self.device = scenario.cluster.device
         self.n_ranks = self.parallel.ep_size
+        self.choice_s = policy.replicas.seconds(scenario.slots(policy)) if self.model.is_moe else 0.0
         self.tokens = scenario.tokens_per_rank // scenario.schedule.micro_batches
         self.overlapped = overlapped
         lent = self.cost.communication.sms(self.cost.mode) if self.model.is_moe and self.n_ranks > 1 else 0
@@ -104,7 +105,8 @@ class Durations:
         return self._even[key]
 
     def _attention_s(self, block: Block, way: Way) -> float:
-        """Projections, router, core and the elementwise kernels of a layer, without those of its FFN."""
+        """Projections, router, core and the elementwise kernels of a layer, without those of its FFN; and the choice of
+        replicas, which comes before the dispatch."""
         model, layer, heads = self.model, block.layer, self.model.num_attention_heads
         flops = model.layer_flops_per_token(layer, self.scenario.schedule.sequence_length)
         weights = model.layer_parameters(layer)
@@ -116,6 +118,8 @@ class Durations:
         )
         if way == "weights":
             return seconds
+        if way == "forward" and block.kind == "moe":
+            seconds += self.choice_s
         if way != "forward" and self.scenario.schedule.recompute == "selective":
             again = model.up_projection_parameters  # norms and SwiGLU are in the elementwise constants, set on such a run
             seconds += self.gemm_s(2 * again, again, model.hidden_size, "forward")

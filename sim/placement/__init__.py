@@ -82,6 +82,32 @@ def moved_slots(before: I32, after: I32, slots: Slots) -> I64:
     return moved
 
 
+def moves(before: I32, after: I32, slots: Slots) -> I64:
+    """Return [P, P] int64: slots of ``after`` [S] on rank d with an expert that d did not hold in ``before`` [S], by the
+    rank s that sends it.
+
+    Of the ranks that hold the expert one in d's node sends, else any; of several the one that has sent least so far, then
+    the lowest. As in `moved_slots`, of which a second copy on one rank is not sent either; nor is what no rank holds.
+    """
+    p, per_node = slots.ep_size, slots.ranks_per_node
+    old, new = np.reshape(before, (p, -1)), np.reshape(after, (p, -1))
+    sent: I64 = np.zeros((p, p), dtype=np.int64)
+    holders: dict[int, list[int]] = {}
+    for rank, held in enumerate(old.tolist()):
+        for expert in dict.fromkeys(held):
+            holders.setdefault(expert, []).append(rank)
+    load = [0] * p
+    for rank in range(p):
+        had = set(old[rank].tolist())
+        for expert in dict.fromkeys(new[rank].tolist()):  # a second copy on the rank comes from the first
+            if expert in had or expert not in holders:
+                continue
+            source = min(holders[expert], key=lambda r: (r // per_node != rank // per_node, load[r], r))
+            load[source] += 1
+            sent[source, rank] += 1
+    return sent
+
+
 def per_slot_load(expert_tokens: F64, physical_to_logical_map: I32) -> F64:
     """Return [..., S]: every expert's load [..., E] in equal shares on its slots [..., S]."""
     counts = replica_counts(physical_to_logical_map, expert_tokens.shape[-1])

@@ -7,7 +7,12 @@ expert's slots. `assign` then hands the slots out to tokens, so a rule that look
 
 from __future__ import annotations
 
+import os
+import sys
 from abc import abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
 
 from sim.plugin import Plugin
 from sim.slots import Slots
@@ -31,10 +36,100 @@ class ReplicaChoice(Plugin):
         """
 
 
-def assign(topk_ids: I16, quota: I64, physical_to_logical_map: I32) -> I16:
-    """Return the slots [T, k] int16 of one source's tokens with experts [T, k] int16; -1 stays, and so does what the
-    quota has no room for (experts without a slot).
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """The slots of a map that hold an expert, by expert and within it ascending (V slots, E experts); all int64.
 
-    quota: [S] int64. The tokens of an expert, in their order, fill its slots in turn in proportion to their quotas.
+    slot, expert, ordinal: [V], a slot, what it holds, and its place 0, 1, ... among the slots of that expert.
+    counts: [E] slots per expert. start: [E + 1], expert e has entries start[e] to start[e + 1] - 1.
     """
-    raise NotImplementedError  # sim.replicas: by its helper
+
+    slot: I64
+    expert: I64
+    ordinal: I64
+    counts: I64
+    start: I64
+
+    @classmethod
+    def of(cls, physical_to_logical_map: I32, n_routed_experts: int) -> Copies:
+        """Sort the slots of a map [S]; -1 holds nothing.
+
+        >>> Copies.of(np.array([2, 0, -1, 2], dtype=np.int32), 3).slot.tolist()
+        [1, 0, 3]
+        """
+        order = np.argsort(physical_to_logical_map, kind="stable")
+        slot = order[np.count_nonzero(physical_to_logical_map < 0) :].astype(np.int64)
+        expert = physical_to_logical_map[slot].astype(np.int64)
+        counts = np.bincount(expert, minlength=n_routed_experts).astype(np.int64)
+        start = np.concatenate([[0], np.cumsum(counts)])
+        return cls(slot, expert, np.arange(len(slot)) - start[expert], counts, start)
+
+
+def assign(topk_ids: I16, quota: I64, physical_to_logical_map: I32) -> I16:
+    """Return the slots [T, k] int16 of one source's tokens with experts [T, k] int16; -1 stays -1.
+
+    quota: [S] int64. The tokens of an expert, in their order, take its slots in turn so that any run of them is shared
+    in proportion to the quotas: slot s has its g-th turn (2 g + 1) / (2 quota[s]) of the way through the expert's
+    tokens, ties to the lower slot. Tokens beyond the quotas, such as those of an expert without a slot, get -1.
+
+    >>> ids = np.array([[0], [0], [1], [0], [0]], dtype=np.int16)
+    >>> assign(ids, np.array([3, 1, 1]), np.array([0, 1, 0], dtype=np.int32)).ravel().tolist()
+    [0, 0, 1, 2, 0]
+    """
+    experts = int(max(topk_ids.max(initial=-1), physical_to_logical_map.max(initial=-1))) + 1
+    copies = Copies.of(np.where(quota > 0, physical_to_logical_map, -1), experts)
+    share = quota[copies.slot]
+    if len(share) and _compiled():
+        from sim.kernels import replicas as kernel
+
+        slots = np.full(topk_ids.shape, -1, dtype=np.int16)
+        kernel.assign(topk_ids, share, copies.start, copies.slot, slots)
+        return slots
+    return assign_plain(topk_ids, share, copies)
+
+
+def assign_plain(topk_ids: I16, share: I64, copies: Copies) -> I16:
+    """Do `assign` in NumPy, given the slots with a quota and their quotas ``share`` [V], all above 0."""
+    experts = len(copies.counts)
+    asked = np.bincount(topk_ids.ravel() + 1, minlength=experts + 1)
+    room = np.bincount(copies.expert, weights=share, minlength=experts).astype(np.int64)
+    if copies.counts.max(initial=0) <= 1 and (asked[1:] <= room).all():
+        table = np.full(experts + 1, -1, dtype=np.int16)  # the last entry is where -1 looks
+        table[copies.expert] = copies.slot
+        return table[topk_ids]
+    turns = _turns(share, room, copies)
+    place = np.argsort(topk_ids, axis=None, kind="stable")[asked[0] :]
+    taken = np.minimum(asked[1:], room)
+    within = np.arange(taken.sum()) - np.repeat(np.cumsum(taken) - taken, taken)
+    slots = np.full(topk_ids.size, -1, dtype=np.int16)
+    slots[place[np.repeat(np.cumsum(asked[1:]) - asked[1:], taken) + within]] = turns[
+        np.repeat(np.cumsum(room) - room, taken) + within
+    ]
+    return slots.reshape(topk_ids.shape)
+
+
+def _turns(share: I64, room: I64, copies: Copies) -> I16:
+    """Return the slots [sum of room] in the order of their turns, expert after expert."""
+    entry = np.repeat(np.arange(len(share)), share)
+    turn = np.arange(len(entry)) - np.repeat(np.cumsum(share) - share, share)
+    # The turns before turn g of slot s: its own earlier ones and, of another slot with quota p against q, those h with
+    # (2 h + 1) / p below (2 g + 1) / q, or equal in a lower slot.
+    place = turn + np.repeat((np.cumsum(room) - room)[copies.expert], share)
+    siblings = copies.counts[copies.expert]
+    for step in range(1, int(siblings.max(initial=1))):
+        few = np.flatnonzero(np.repeat(siblings > step, share))
+        own = entry[few]
+        lower = copies.ordinal[own] >= step
+        other = own - np.where(lower, step, step - siblings[own])
+        due = (2 * turn[few] + 1) * share[other] - share[own]
+        place[few] += np.where(lower, due // (2 * share[own]) + 1, -(-due // (2 * share[own])))
+    turns = np.empty(len(entry), dtype=np.int16)
+    turns[place] = copies.slot[entry]
+    return turns
+
+
+def _compiled() -> bool:
+    """Whether to use Numba: as GATESIM_KERNELS says, else if the run has loaded it already; the slots do not differ."""
+    return os.environ.get("GATESIM_KERNELS", "") != "numpy" and (
+        "numba" in sys.modules or os.environ.get("GATESIM_KERNELS") == "numba"
+    )

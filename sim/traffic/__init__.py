@@ -44,7 +44,8 @@ class Source(ABC):
 
     @abstractmethod
     def batch(self, phase: str, step: int, *, n_ranks: int, tokens_per_rank: int) -> Batch:
-        """Return step ``step`` (from 0) of ``phase`` (``"train"`` or ``"warmup"``).
+        """Return step ``step`` (from 0) of ``phase`` (``"train"``, or one before it: ``"warmup"``,
+        ``"history"``).
 
         A pure function of (seed, replica) and the arguments: the same arguments give the same tokens, whatever was
         asked before. Raises ValueError if the source has no such step (a recorded trace that is too short).

@@ -179,11 +179,11 @@ class ReplaySource(Source):
     def batch(self, phase: str, step: int, *, n_ranks: int, tokens_per_rank: int) -> Batch:
         n_tokens, per_step = self.trace.n_tokens, n_ranks * tokens_per_rank
         config, start = self.config, step * per_step
-        if phase == "warmup":
+        if phase != "train":
             if start + per_step > self.kept:
                 raise ValueError(
-                    f"{config.path}: warm-up step {step} asked for, but traffic.warmup_steps keeps "
-                    f"{config.warmup_steps} train steps for it ({self.kept} tokens, {per_step} per warm-up step)"
+                    f"{config.path}: {phase} step {step} asked for, but traffic.warmup_steps keeps "
+                    f"{config.warmup_steps} train steps for it ({self.kept} tokens, {per_step} per {phase} step)"
                 )
         else:
             start += self.kept

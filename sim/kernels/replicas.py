@@ -1,0 +1,46 @@
+"""Numba version of `sim.replicas.assign_plain`, with the same slots. Import loads Numba."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+
+@njit(cache=True, nogil=True)
+def assign(topk_ids, share, start, slots, out):  # type: ignore[no-untyped-def]
+    """Fill ``out``; the slots of expert e are ``slots[start[e] : start[e + 1]]``, ``share`` their quotas, all above 0."""
+    n_tokens, k = topk_ids.shape
+    odd = np.ones(len(slots), dtype=np.int64)  # 2 g + 1 for the g-th turn that comes next
+    for t in range(n_tokens):
+        for i in range(k):
+            e = topk_ids[t, i]
+            if e < 0 or start[e] == start[e + 1]:
+                continue
+            best = start[e]
+            for v in range(best + 1, start[e + 1]):
+                if odd[v] * share[best] < odd[best] * share[v]:
+                    best = v
+            if odd[best] < 2 * share[best]:  # else all have had their turns: the last one of each is due before 1
+                odd[best] += 2
+                out[t, i] = slots[best]
+
+
+@njit(cache=True, nogil=True)
+def level(tokens, load, rank, start, experts, sweeps):  # type: ignore[no-untyped-def]
+    """As `sim.replicas.least_loaded.level_plain`."""
+    bins = np.empty(len(rank), dtype=np.int64)
+    for _ in range(sweeps):
+        changed = False
+        for e in experts:
+            n, size = 0, 0
+            for v in range(start[e], start[e + 1]):
+                n += tokens[v]
+                load[rank[v]] -= tokens[v]
+                if v > start[e] and rank[v] == rank[v - 1]:
+                    continue
+                at = size  # insert behind those that are as light or lighter
+                while at > 0 and load[rank[bins[at - 1]]] > load[rank[v]]:
+                    bins[at] = bins[at - 1]
+                    at -= 1
+                bins[at] = v
+                size += 1
