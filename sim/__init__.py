@@ -11,8 +11,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sim.loading import load
     from sim.results import Result
-    from sim.scenario import Scenario, load
+    from sim.scenario import Scenario
     from sim.study import run
     from sim.yamlfile import ScenarioError
 
@@ -24,7 +25,7 @@ _HOME = {
     "Result": "sim.results",
     "Scenario": "sim.scenario",
     "ScenarioError": "sim.yamlfile",
-    "load": "sim.scenario",
+    "load": "sim.loading",
 }
 
 

@@ -114,7 +114,9 @@ class Elementwise(_Spec):
 
 
 class Kernels(_Spec):
-    """Measured constants of one device; what is absent is transferred from H100 by ``sim.cost.calibrated``."""
+    """Measured constants of one device; what is absent is transferred from H100 by ``sim.cost.calibrated``.
+
+    gqa_mixed: decodes in one kernel with prompts, where that costs them more than a kernel of their own (gqa_decode)."""
 
     grouped_gemm_bf16: GroupedGemm | None = None
     grouped_gemm_fp8: GroupedGemm | None = None
@@ -126,6 +128,7 @@ class Kernels(_Spec):
     mla_decode: AttentionKernel | None = None
     gqa_prefill: AttentionKernel | None = None
     gqa_decode: AttentionKernel | None = None
+    gqa_mixed: AttentionKernel | None = None
     training_attention: TrainingAttention | None = None
     elementwise: Elementwise | None = None
 

@@ -108,17 +108,7 @@ def run(task: Task) -> list[Counts]:
         for layer in task.layers
     }
     steps, ranks = scenario.steps, scenario.parallel.ep_size
-    learners = _those(layers, lambda tally: tally.policy.learns)
-    for step in range(steps.warmup.steps if learners else 0):
-        warmup = steps.warmup
-        tokens = warmup.tokens_per_rank - warmup.tokens_per_rank % scenario.warmup_parts
-        batch = source.batch("warmup", step, n_ranks=warmup.ranks, tokens_per_rank=tokens)
-        for tally in _each(learners):
-            tally.reset(warmup.ranks, measure=False, warming_up=True)
-        _route(task, batch, learners, warmup.ranks, "warmup", step)
-        gain = warmup.gain ** (1.0 - step / max(1, warmup.steps - 1))
-        for tally in _each(learners):
-            tally.learn(-1, gain, warming_up=True)
+    warm_up(task, source, layers)
     _history(task, source, layers)
     measured = set(measured_steps(scenario))
     _pilot(task, source, layers)
@@ -136,6 +126,21 @@ def run(task: Task) -> list[Counts]:
     for tallies in layers.values():
         _bound(tallies)
     return [layers[layer][i].finish() for i in range(len(task.policies)) for layer in task.layers]
+
+
+def warm_up(task: Task, source: Source, layers: Layers) -> None:
+    """Settle the balancing rules of ``layers`` on the warm-up's batches, before the first step."""
+    scenario, warmup = task.scenario, task.scenario.steps.warmup
+    learners = _those(layers, lambda tally: tally.policy.learns)
+    for step in range(warmup.steps if learners else 0):
+        tokens = warmup.tokens_per_rank - warmup.tokens_per_rank % scenario.warmup_parts
+        batch = source.batch("warmup", step, n_ranks=warmup.ranks, tokens_per_rank=tokens)
+        for tally in _each(learners):
+            tally.reset(warmup.ranks, measure=False, warming_up=True)
+        _route(task, batch, learners, warmup.ranks, "warmup", step)
+        gain = warmup.gain ** (1.0 - step / max(1, warmup.steps - 1))
+        for tally in _each(learners):
+            tally.learn(-1, gain, warming_up=True)
 
 
 def _history(task: Task, source: Source, layers: Layers) -> None:

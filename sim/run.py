@@ -98,7 +98,7 @@ def _main(args: argparse.Namespace) -> int:
     from concurrent.futures import BrokenExecutor
 
     from sim.estimate import TooBig, estimate
-    from sim.scenario import load
+    from sim.loading import load
     from sim.yamlfile import ScenarioError
 
     overrides = list(args.overrides)

@@ -80,6 +80,8 @@ class Steps(Block):
     sqrt(ep_size / pilot_ranks) times the sampling noise of one step."""
     record_topic_experts: bool = False
     """Whether the topics table lists the tokens of every expert (large: one number per topic and expert)."""
+    record_traffic: bool = False
+    """Whether to write the bytes of the last step by pair of ranks, pair of nodes and link."""
 
 
 class Schedule(Block):

@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from sim import rollout
+from sim.checks import problems
 from sim.cluster import build_network
 from sim.conservation import ConservationError, check_time
 from sim.engine import breakdown, des, maxplus, violations
@@ -25,15 +25,17 @@ from sim.engine.step import pipelined_step, programs
 from sim.engine.training import Work, build_plan
 from sim.estimate import Estimate, TooBig, estimate, free_memory_bytes
 from sim.exchange import Exchange
+from sim.loading import load
+from sim.matrices import traffic_tables
 from sim.results import Result, summarise
 from sim.rollout import LAYERS_PER_TASK, Task, shape_of
-from sim.scenario import Scenario, load
+from sim.scenario import Scenario
 from sim.tables import tabulate
 from sim.tally import Counts
 from sim.tokens import I64
 from sim.traffic import TrafficShape
+from sim.workers import Workers
 
-A = TypeVar("A")
 B = TypeVar("B")
 # Starting a worker process costs about a second, so small runs stay in this one.
 WORTH_A_PROCESS_S = 4.0
@@ -57,7 +59,7 @@ def run(
     sets = [f"{k}={json.dumps(v)}" for k, v in overrides.items()] if isinstance(overrides, Mapping) else list(overrides)
     if isinstance(source, Scenario):
         scenario = load(source.model_dump(mode="json", exclude_none=True), sets) if sets else source.resolved()
-        found = [f"{'.'.join(map(str, path))}: {rule}" for path, rule in scenario.problems()]
+        found = [f"{'.'.join(map(str, path))}: {rule}" for path, rule in problems(scenario)]
         if found:
             raise ValueError("; ".join(found))
     else:
@@ -185,58 +187,6 @@ def _run_stages(job: _Stages) -> tuple[list[Counts], Times]:
     return [result for result in counts if result.layer in job.own], times
 
 
-class _Workers:
-    """``map`` on this process or on several; order and results are the same."""
-
-    def __init__(self, jobs: int) -> None:
-        self.pool = _pool(jobs) if jobs > 1 else None
-
-    def map(self, function: Callable[[A], B], items: Sequence[A]) -> Iterator[B]:
-        if self.pool is None:
-            return map(function, items)
-        # Not Executor.map: when abandoned it cancels futures, which races with a pool that is going down.
-        return (future.result() for future in [self.pool.submit(function, item) for item in items])
-
-    def __enter__(self) -> _Workers:
-        return self
-
-    def __exit__(self, kind: object, value: object, traceback: object) -> None:
-        if self.pool is not None:
-            if kind is not None:  # interrupted or failed: nobody waits for the tasks in progress
-                import multiprocessing
-
-                for worker in multiprocessing.active_children():
-                    worker.terminate()
-            self.pool.shutdown()
-
-
-def _pool(jobs: int) -> ProcessPoolExecutor:
-    # BLAS threads of the workers would compete with the workers themselves.
-    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ.setdefault(name, "1")
-    import multiprocessing
-
-    return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker)
-
-
-def _start_worker() -> None:
-    """Leave interrupts to the parent, and do not outlive it."""
-    import multiprocessing
-    import signal
-    import threading
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    parent = multiprocessing.parent_process()
-
-    def watch() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def _watched(items: Iterable[B], total: int, label: str, progress: bool) -> Iterator[B]:
     if not progress:
         yield from items
@@ -259,7 +209,7 @@ def _jobs(asked: int | None, tasks: int, expected: Estimate) -> int:
 def _simulate_pipelined(scenario: Scenario, jobs: int | None, expected: Estimate, progress: bool) -> Result:
     """As `simulate`, where steps pass a pipeline."""
     work = _stage_jobs(scenario)
-    with _Workers(_jobs(jobs, len(work), expected)) as workers:
+    with Workers(_jobs(jobs, len(work), expected)) as workers:
         done = list(_watched(workers.map(_run_stages, work), len(work), "stages", progress))
     counts: dict[tuple[int, int], list[Counts]] = {}
     chunk_ps: dict[tuple[int, int, int], dict[tuple[int, int], I64]] = {}
@@ -276,16 +226,20 @@ def _simulate_pipelined(scenario: Scenario, jobs: int | None, expected: Estimate
     }
     for clock in timing.values():
         check_time(clock["parts"], clock["makespan_ps"])
-    tables = tabulate(scenario, counts, timing)
+    tables = tabulate(scenario, counts, timing) | traffic_tables(scenario, counts)
     return Result(scenario, tables, summarise(tables, scenario), sum(int(t["events"]) for t in timing.values()))
 
 
 def simulate(scenario: Scenario, jobs: int | None, expected: Estimate, progress: bool = False) -> Result:
     """Run a checked scenario; see `run`."""
+    if scenario.serving is not None:
+        from sim.serve import simulate as serve
+
+        return serve(scenario, jobs, expected, progress)
     if scenario.pipelined:
         return _simulate_pipelined(scenario, jobs, expected, progress)
     tasks = _tasks(scenario)
-    with _Workers(_jobs(jobs, len(tasks), expected)) as workers:
+    with Workers(_jobs(jobs, len(tasks), expected)) as workers:
         rolled: list[list[Counts]] = list(_watched(workers.map(rollout.run, tasks), len(tasks), "routing", progress))
         counts: dict[tuple[int, int], list[Counts]] = {}
         for task, results in zip(tasks, rolled, strict=True):
@@ -300,5 +254,5 @@ def simulate(scenario: Scenario, jobs: int | None, expected: Estimate, progress:
         todo = [(scenario, index, exchanges) for _, index, _, exchanges in timing_jobs]
         timed = list(_watched(workers.map(_time_step, todo), len(todo), "timing", progress))
     timing = {(replica, index, step): t for (replica, index, step, _), t in zip(timing_jobs, timed, strict=True)}
-    tables = tabulate(scenario, counts, timing, _moves(scenario, counts))
+    tables = tabulate(scenario, counts, timing, _moves(scenario, counts)) | traffic_tables(scenario, counts)
     return Result(scenario, tables, summarise(tables, scenario), sum(int(t["events"]) for t in timed))

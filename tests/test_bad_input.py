@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sim.loading import load
 from sim.run import main
-from sim.scenario import Scenario, load
+from sim.scenario import Scenario
 from sim.yamlfile import ScenarioError
 
 ROOT = Path(__file__).resolve().parents[1]

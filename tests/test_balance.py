@@ -14,8 +14,9 @@ from sim.gating import Gate, Gating
 from sim.gating.balance import Seen
 from sim.gating.balance.bias import Bias
 from sim.gating.piece import GateShape
+from sim.loading import load
 from sim.metrics.balance import max_vio, uniform_max_vio
-from sim.scenario import Scenario, load
+from sim.scenario import Scenario
 from sim.tokens import I64, Tokens
 from tests.strategies import seeds, toy_model
 

@@ -17,10 +17,10 @@ import pytest
 import sim.estimate
 from sim.catalogue import FAMILIES
 from sim.estimate import Estimate, estimate, events_per_step
+from sim.loading import load
 from sim.plugin import members
 from sim.rollout import token_layers
 from sim.run import main
-from sim.scenario import load
 from sim.store import resolved_data, run_id
 from sim.study import simulate
 

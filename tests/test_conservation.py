@@ -15,8 +15,9 @@ from sim.conservation import ConservationError, check_exchange, check_flops, che
 from sim.engine import Plan, Timeline, breakdown, des, violations
 from sim.engine.training import Work, build_plan
 from sim.exchange import Exchange
+from sim.loading import load
 from sim.rollout import Counts, Task
-from sim.scenario import Scenario, load
+from sim.scenario import Scenario
 from sim.tokens import I64
 
 SMALL = ["replicas=1", "steps.count=1", "steps.warmup.steps=2", "traffic.tokens_per_rank=64"]

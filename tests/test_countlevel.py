@@ -25,10 +25,11 @@ from sim.exchange import dispatch_layout
 from sim.gating import Gate
 from sim.gating.balance import Seen
 from sim.kernels import plain
+from sim.loading import load
 from sim.metrics.balance import max_vio, uniform_max_vio
 from sim.rng import stream
 from sim.rollout import Task
-from sim.scenario import Scenario, load
+from sim.scenario import Scenario
 from sim.tally import Counts
 from sim.tokens import F64, I64
 from sim.yamlfile import ScenarioError

@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sim.exchange import Exchange, dispatch_layout, is_token_in_rank, token_bytes
-from sim.placement import expert_to_rank
 from sim.tokens import I16, I32
 from tests.strategies import KERNELS, seeds
 
@@ -27,7 +26,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
         [[rng.permutation(n_experts)[:k] for _ in range(n_tokens)] for _ in range(ep_size)], np.int16
     ).reshape(ep_size, n_tokens, k)
     ids[rng.random(ids.shape) < draw(st.sampled_from([0.0, 0.3]))] = -1
-    expert_rank = expert_to_rank(rng.permutation(n_experts).astype(np.int32), n_experts, ep_size)
+    expert_rank = rng.permutation(np.arange(n_experts, dtype=np.int32) // (n_experts // ep_size))
     return {
         "ids": ids, "expert_rank": expert_rank, "ep_size": ep_size, "ranks_per_node": ranks_per_node,
         "nodes": nodes, "n_experts": n_experts,

@@ -15,9 +15,10 @@ from sim.gating import GateShape
 from sim.gating.balance import Seen
 from sim.gating.balance.feedback import Feedback
 from sim.kernels import plain
+from sim.loading import load
 from sim.metrics.balance import coefficient_of_variation, max_vio, starved_share
 from sim.report import terminal
-from sim.scenario import Scenario, load
+from sim.scenario import Scenario
 from sim.tokens import F32, I64
 from sim.traffic import TrafficShape
 from tests.strategies import seeds

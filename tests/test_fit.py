@@ -18,7 +18,8 @@ from sim.fitting import block, counts, report, validate
 from sim.fitting import statistics as stat
 from sim.fitting.fit import FREE, Fitted, Free, fit, minimise, shared_prefix, shortened, synthetic_statistics
 from sim.fitting.synthesis import route
-from sim.scenario import Scenario, load
+from sim.loading import load
+from sim.scenario import Scenario
 from sim.traces import RecordedTrace, checked, read
 from sim.traffic import TrafficShape
 from sim.traffic.affinity import Affinity

@@ -28,10 +28,10 @@ from sim.gating.select.group_limited import GroupLimited
 from sim.gating.select.random import Random
 from sim.gating.select.topk import TopK
 from sim.kernels import reference
+from sim.loading import load
 from sim.metrics.balance import expected_groups_touched
 from sim.plugin import Plugin, make, members
 from sim.rng import stream
-from sim.scenario import load
 from sim.tokens import F32, F64, I16, I32, Tokens
 from tests.strategies import KERNELS, candidates, distinct, dyadic, seeds, shapes, toy_model
 
@@ -447,6 +447,8 @@ def exempt(law: Callable[..., None], rule: Select) -> str:
         return "tokens compete: the best expert may be another's"
     if law in (law_permuting_tokens, law_relabelling_within_groups) and _draws(rule):
         return "draws at random by position"
+    if law in (law_permuting_tokens, law_relabelling_within_groups) and rule.reads == "nothing" and not rule.per_token:
+        return "goes by position"
     if law is law_relabelling_within_groups and rule.needs == "token_ids":
         return "its table names experts"
     return ""

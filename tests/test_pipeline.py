@@ -21,13 +21,13 @@ from sim.engine.durations import Durations
 from sim.engine.step import PARTS, hop_s, optimizer_s, pipelined_step, programs
 from sim.engine.training import Work, build_plan
 from sim.exchange import Exchange
+from sim.loading import load
 from sim.model import Model
 from sim.pipeline import Chunk, Pass, Pipeline, alive, passes, split_layers
 from sim.pipeline.blocks import block_parameters, layer_blocks, model_blocks
 from sim.plugin import make, members
 from sim.rollout import Task
 from sim.rollout import run as roll
-from sim.scenario import load
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = [kind for kind in members(Pipeline) if kind != "none"]

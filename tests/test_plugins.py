@@ -20,10 +20,10 @@ import sim.placement
 import sim.traffic
 from sim.catalogue import FAMILIES, listing, schema
 from sim.gating.select import Candidates, Select
+from sim.loading import load
 from sim.placement import Placement
 from sim.plugin import Choice, Plugin, make, members
 from sim.run import main
-from sim.scenario import load
 from sim.study import run
 from sim.tokens import I16
 from sim.yamlfile import ScenarioError

@@ -13,9 +13,9 @@ from sim.gating import Gate, Gating
 from sim.gating.balance import Sample, Seen
 from sim.gating.select.group_limited import GroupLimited
 from sim.kernels import plain
+from sim.loading import load
 from sim.model import Model
 from sim.rng import stream
-from sim.scenario import load
 from sim.settings import Policy
 from sim.tokens import F32, Routing, Tokens
 from sim.yamlfile import ScenarioError

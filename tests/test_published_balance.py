@@ -19,9 +19,10 @@ from sim.gating.balance import Sample, Seen
 from sim.gating.balance.aux_loss import AuxLoss
 from sim.gating.piece import GateShape
 from sim.gating.score.softmax import Softmax
+from sim.loading import load
 from sim.metrics.balance import coefficient_of_variation, max_vio, uniform_max_vio
 from sim.metrics.specialisation import mutual_information_bits, topic_max_vio
-from sim.scenario import Scenario, load
+from sim.scenario import Scenario
 from sim.tally import Counts
 from sim.tokens import F64
 

@@ -14,8 +14,9 @@ import sim
 from sim import yamlfile
 from sim.cluster import Cluster
 from sim.estimate import estimate
+from sim.loading import load
 from sim.results import Result
-from sim.scenario import Scenario, load
+from sim.scenario import Scenario
 from sim.tables import PIPELINE_PARTS, TIME_PARTS
 from sim.yamlfile import ScenarioError
 

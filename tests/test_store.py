@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 
 from sim import store
 from sim.estimate import estimate
+from sim.loading import load
 from sim.results import Result
-from sim.scenario import Scenario, load
+from sim.scenario import Scenario
 from sim.store import check_writable, resolved_data, run_id, write
 from sim.study import simulate
 from sim.yamlfile import ScenarioError, dump

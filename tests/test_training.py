@@ -13,9 +13,10 @@ from sim.cluster import build_network
 from sim.cost.port import Kernels, Port
 from sim.engine import maxplus
 from sim.engine.training import Work, build_plan
+from sim.loading import load
 from sim.rollout import Task
 from sim.rollout import run as roll
-from sim.scenario import Scenario, load
+from sim.scenario import Scenario
 from sim.units import PS_PER_S
 
 ROOT = Path(__file__).resolve().parents[1]

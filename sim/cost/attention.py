@@ -24,7 +24,8 @@ from sim.hardware import AttentionKernel
 from sim.model import Model
 from sim.tokens import F64
 
-Phase = Literal["prefill", "decode"]
+Phase = Literal["prefill", "decode", "mixed"]
+"""``mixed``: decodes in one kernel with prompts; the prompts' own time is that of ``prefill``."""
 
 QUERY_TILE = 128
 # Rows of a Hopper or Blackwell matrix instruction: MLA's decode takes fewer heads no faster.
@@ -52,7 +53,7 @@ def attention_shape(model: Model, phase: Phase, tp_size: int = 1) -> AttentionSh
     heads = max(1, model.num_attention_heads // tp_size)
     if model.kv_lora_rank:
         latent, rope = model.kv_lora_rank, model.qk_rope_head_dim or 0
-        if phase == "decode":
+        if phase != "prefill":
             return AttentionShape("mla", heads, 1, latent + rope, latent, latent + rope)
         nope = model.qk_nope_head_dim or 0
         return AttentionShape("mla", heads, heads, nope + rope, model.v_head_dim or nope, latent + rope)
@@ -90,7 +91,7 @@ def attention_work(
     q, kv = np.broadcast_arrays(np.asarray(query_tokens, np.float64), np.asarray(kv_tokens, np.float64))
     held = kv if window is None else np.minimum(kv, window + q - 1)
     heads = shape.num_heads
-    if phase == "decode":
+    if phase != "prefill":
         if shape.family == "mla":
             heads = max(heads, INSTRUCTION_ROWS)
         cache = np.where(q > 0, held + padding_tokens, 0.0) * shape.cache_elements * cache_bytes_per_element

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal
 
+from sim.cost.attention import Phase
 from sim.hardware import AttentionKernel, DenseGemm, Device, Dtype, Elementwise, GroupedGemm, TrainingAttention
 
 PEAK_BF16, PEAK_FP8, BANDWIDTH = 989e12, 1979e12, 3.35e12  # H100 SXM data sheet
@@ -159,8 +160,12 @@ def gemm(device: Device, dtype: Dtype) -> DenseGemm:
     )
 
 
-def attention(device: Device, family: Literal["mla", "gqa"], phase: Literal["prefill", "decode"]) -> AttentionKernel:
-    """Return the constants of an attention kernel for ``device``."""
+def attention(device: Device, family: Literal["mla", "gqa"], phase: Phase) -> AttentionKernel:
+    """Return the constants of an attention kernel for ``device``; decodes beside prompts are timed as decodes alone
+    where nothing else is measured."""
+    if phase == "mixed":
+        mixed = device.kernels.gqa_mixed if family == "gqa" else None
+        return mixed or attention(device, family, "decode")
     name = f"{family}_{phase}"
     measured: AttentionKernel | None = getattr(device.kernels, name)
     if measured is not None:

@@ -186,6 +186,8 @@ class Table(ComputeCost):
         q, kv = np.broadcast_arrays(f64(query_tokens), f64(kv_tokens))
         fixed: dict[str, Any] = {"shape": shape, "phase": phase, "cache_bytes_per_element": cache_bytes_per_element}
         wanted = LAW.attention_s(device, query_tokens=q, kv_tokens=kv, window=window, sm_fraction=sm_fraction, **fixed)
+        if phase == "mixed":  # no table has such batches
+            return wanted
         kernel, table = _ATTENTION[shape.family, phase]
         if _load(self.folder(device), kernel, self.framework, table) is None:
             return wanted

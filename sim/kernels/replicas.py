@@ -30,17 +30,27 @@ def level(tokens, load, rank, start, experts, sweeps):  # type: ignore[no-untype
     """As `sim.replicas.least_loaded.level_plain`."""
     bins = np.empty(len(rank), dtype=np.int64)
     for _ in range(sweeps):
-        changed = False
         for e in experts:
             n, size = 0, 0
             for v in range(start[e], start[e + 1]):
                 n += tokens[v]
                 load[rank[v]] -= tokens[v]
+                tokens[v] = 0
+            for v in range(start[e], start[e + 1]):
                 if v > start[e] and rank[v] == rank[v - 1]:
                     continue
-                at = size  # insert behind those that are as light or lighter
+                at = size
                 while at > 0 and load[rank[bins[at - 1]]] > load[rank[v]]:
                     bins[at] = bins[at - 1]
                     at -= 1
                 bins[at] = v
                 size += 1
+            wet, sunk = 1, load[rank[bins[0]]]
+            while wet < size and wet * load[rank[bins[wet]]] - sunk < n:
+                sunk += load[rank[bins[wet]]]
+                wet += 1
+            water, more = (n + sunk) // wet, (n + sunk) % wet
+            for i in range(wet):
+                at = rank[bins[i]]
+                tokens[bins[i]] = water + (i < more) - load[at]
+                load[at] = water + (i < more)

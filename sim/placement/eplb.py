@@ -70,11 +70,11 @@ def rebalance_experts(
     return physical, logical, logical_count
 
 
-def balanced_packing(weight: F32, num_packs: int) -> I64:
+def balanced_packing(weight: F32 | F64, num_packs: int) -> I64:
     """Return [X, n]: the items pack after pack, n / num_packs in each, within a pack in order of arrival.
 
     weight: [X, n], every row a problem of its own. Heaviest first, each item goes to the lightest pack with room, whose
-    load is summed in float32. One item per pack: item i goes to pack i, whatever it weighs.
+    load is summed in the precision given. One item per pack: item i goes to pack i, whatever it weighs.
     """
     rows, n = weight.shape
     room = n // num_packs
@@ -82,7 +82,7 @@ def balanced_packing(weight: F32, num_packs: int) -> I64:
         return np.broadcast_to(np.arange(n), (rows, n))
     order = np.argsort(-weight, axis=-1, kind="stable")
     heaviest, order = np.ascontiguousarray(_pick(weight, order).T), np.ascontiguousarray(order.T)
-    load = np.zeros((rows, num_packs), dtype=np.float32)
+    load = np.zeros((rows, num_packs), dtype=weight.dtype)
     packs, first = load.reshape(-1), np.arange(rows) * num_packs
     free = np.arange(rows * num_packs) * room  # the next place of each pack, of all rows together
     packed = np.empty(rows * n, dtype=np.int64)
@@ -99,11 +99,11 @@ def balanced_packing(weight: F32, num_packs: int) -> I64:
     return packed.reshape(rows, n)
 
 
-def replicate_experts(weight: F32, num_replicas: int) -> tuple[I64, I64, I64]:
+def replicate_experts(weight: F32 | F64, num_replicas: int, most: int | None = None) -> tuple[I64, I64, I64]:
     """Return the expert [X, num_replicas] of each replica, which of its expert's it is, and the counts [X, n].
 
     weight: [X, n], every row a problem of its own. One replica each, then the next to the largest load per replica, a
-    float32 quotient.
+    quotient in the precision given. most: replicas that an expert may have (at least num_replicas / n), by default any number.
     """
     rows, n = weight.shape
     expert = np.empty((num_replicas, rows), dtype=np.int64)
@@ -118,7 +118,9 @@ def replicate_experts(weight: F32, num_replicas: int) -> tuple[I64, I64, I64]:
         hottest += first
         made[i] = count[hottest]
         count[hottest] += 1
-        shares[hottest] = weights[hottest] / count[hottest].astype(np.float32)
+        shares[hottest] = weights[hottest] / count[hottest].astype(weight.dtype)
+        if most is not None:
+            shares[hottest[count[hottest] >= most]] = -1.0
     return np.ascontiguousarray(expert.T), np.ascontiguousarray(made.T), count.reshape(rows, n)
 
 

@@ -7,10 +7,11 @@ expert's slots. `assign` then hands the slots out to tokens, so a rule that look
 
 from __future__ import annotations
 
+import importlib.util
 import os
-import sys
 from abc import abstractmethod
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -65,6 +66,31 @@ class Copies:
         return cls(slot, expert, np.arange(len(slot)) - start[expert], counts, start)
 
 
+def spread(demand: I64, total: I64, copies: Copies, n_slots: int) -> I64:
+    """Return quotas [P, n_slots] that share out ``total`` [V], the tokens that the slots of ``copies`` get from all.
+
+    The totals of an expert's slots add up to its demand [P, E] over all sources. Slot by slot, the sources' shares of
+    what is left are rounded in their running sum, so each source's and each slot's tokens come out exactly.
+
+    >>> once = Copies.of(np.array([0, 0], dtype=np.int32), 1)
+    >>> spread(np.array([[3], [3], [2]]), np.array([2, 6]), once, 2).tolist()
+    [[1, 2], [1, 2], [0, 2]]
+    """
+    quota: I64 = np.zeros((len(demand), n_slots), dtype=np.int64)
+    single = copies.counts[copies.expert] == 1
+    quota[:, copies.slot[single]] = demand[:, copies.expert[single]]
+    left = demand.copy()
+    for ordinal in range(int(copies.counts.max(initial=0))):
+        entry = np.flatnonzero(~single & (copies.ordinal == ordinal))
+        there = left[:, copies.expert[entry]]
+        upto = np.cumsum(there, axis=0)
+        whole = np.maximum(upto[-1], 1)
+        taken = np.diff((2 * upto * total[entry] + whole) // (2 * whole), axis=0, prepend=0)
+        quota[:, copies.slot[entry]] = taken
+        left[:, copies.expert[entry]] = there - taken
+    return quota
+
+
 def assign(topk_ids: I16, quota: I64, physical_to_logical_map: I32) -> I16:
     """Return the slots [T, k] int16 of one source's tokens with experts [T, k] int16; -1 stays -1.
 
@@ -79,7 +105,7 @@ def assign(topk_ids: I16, quota: I64, physical_to_logical_map: I32) -> I16:
     experts = int(max(topk_ids.max(initial=-1), physical_to_logical_map.max(initial=-1))) + 1
     copies = Copies.of(np.where(quota > 0, physical_to_logical_map, -1), experts)
     share = quota[copies.slot]
-    if len(share) and _compiled():
+    if copies.counts.max(initial=0) > 1 and compiled():  # loading Numba is not worth it for a table
         from sim.kernels import replicas as kernel
 
         slots = np.full(topk_ids.shape, -1, dtype=np.int16)
@@ -128,8 +154,11 @@ def _turns(share: I64, room: I64, copies: Copies) -> I16:
     return turns
 
 
-def _compiled() -> bool:
-    """Whether to use Numba: as GATESIM_KERNELS says, else if the run has loaded it already; the slots do not differ."""
-    return os.environ.get("GATESIM_KERNELS", "") != "numpy" and (
-        "numba" in sys.modules or os.environ.get("GATESIM_KERNELS") == "numba"
-    )
+def compiled() -> bool:
+    """Whether to use the Numba loops: unless GATESIM_KERNELS says ``numpy`` or Numba is not there. Results are equal."""
+    return os.environ.get("GATESIM_KERNELS", "") != "numpy" and _numba_is_there()
+
+
+@cache
+def _numba_is_there() -> bool:
+    return importlib.util.find_spec("numba") is not None

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from sim.engine.pipeline import recurrence
+from sim.loading import load
 from sim.pipeline import Pipeline
 from sim.plugin import make
-from sim.scenario import load
 from sim.study import run
 from sim.validation import Figure, Inputs
 

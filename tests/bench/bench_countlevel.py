@@ -21,8 +21,9 @@ os.environ["GATESIM_KERNELS"] = "numba"  # the faster way to route: the fair opp
 
 import sim
 from sim import rollout
+from sim.loading import load
 from sim.rollout import Task
-from sim.scenario import Scenario, load
+from sim.scenario import Scenario
 
 GATE = 50.0
 RANKS, PILOT, DRAWS, ROUNDS = 64, 64, 500, 3

@@ -1,0 +1,95 @@
+"""The placements that compete, and what each expects of the traffic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sim.placement import Observed, Placement
+from sim.placement.biased import Biased
+from sim.placement.eplb import Eplb
+from sim.placement.linear import Linear
+from sim.replicas import ReplicaChoice
+from sim.replicas.least_loaded import LeastLoaded
+from sim.replicas.nearest import Nearest
+from sim.replicas.round_robin import RoundRobin
+from sim.replicas.static import Static
+from sim.rng import stream
+from sim.slots import Slots
+from sim.tokens import F64, I32, I64
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A placement with its replica choice, under the name that tables give it."""
+
+    name: str
+    placement: Placement
+    replicas: ReplicaChoice = Static()
+
+    @property
+    def redundant(self) -> int:
+        return self.placement.num_redundant_experts
+
+    def slots(self, like: Slots) -> Slots:
+        """Return ``like`` with the option's redundant experts."""
+        return Slots(like.n_routed_experts, like.ep_size, self.redundant, like.ranks_per_node, like.n_group)
+
+    def plan(self, like: Slots, loads: F64, seed: int) -> I32:
+        """Return maps [L, S] for traffic with ``loads`` [W, L, E] in past windows."""
+        return self.placement.place(self.slots(like), Observed(loads), stream(seed, "advice", "plan"))
+
+    @property
+    def policy(self) -> dict[str, object]:
+        """The lines of a scenario's policy that run it."""
+        replicas = {"replicas": self.replicas.kind} if self.redundant else {}
+        return {"placement": {"kind": self.placement.kind, "num_redundant_experts": self.redundant}} | replicas
+
+
+BASELINE = Option("no balancer", Linear())
+"""Consecutive experts on consecutive ranks, which is what engines do by default."""
+
+
+def options(redundant: Sequence[int]) -> list[Option]:
+    """Return the options for these numbers of redundant experts, the baseline not included."""
+    found = []
+    for count in redundant:
+        plan = Eplb(num_redundant_experts=count)
+        if not count:
+            found.append(Option("eplb, rearranged only", plan))
+            continue
+        found += [
+            Option(f"eplb + {count}", plan, RoundRobin()),
+            Option(f"eplb + {count}, least loaded", plan, LeastLoaded()),
+            Option(f"biased + {count}, nearest", Biased(num_redundant_experts=count), Nearest()),
+        ]
+    return found
+
+
+def fitting_redundant(n_routed_experts: int, ep_size: int) -> list[int]:
+    """Return none, one, two and four redundant experts per rank, as far as there are that many experts.
+
+    >>> fitting_redundant(256, 32), fitting_redundant(8, 8)
+    ([0, 32, 64, 128], [0, 8])
+    """
+    return [count for count in (0, ep_size, 2 * ep_size, 4 * ep_size) if count <= n_routed_experts]
+
+
+def check_redundant(redundant: Sequence[int], n_routed_experts: int, ep_size: int) -> None:
+    """Raise ValueError unless every number fills the ranks evenly."""
+    if n_routed_experts % ep_size:
+        raise ValueError(f"--ep-size must divide the {n_routed_experts} experts [got {ep_size}]")
+    wrong = [count for count in redundant if count < 0 or count % ep_size or count > 4 * n_routed_experts]
+    if wrong or len(set(redundant)) < len(redundant) or not redundant:
+        raise ValueError(
+            f"--redundant must be different multiples of the EP size {ep_size}, from 0 to {4 * n_routed_experts} "
+            f"[got {','.join(map(str, redundant))}]"
+        )
+
+
+def rank_imbalance(pairs: I64) -> float:
+    """Return the mean over [...] of (max - mean) / mean over ranks [..., P]; 0 where nothing came."""
+    mean = pairs.mean(axis=-1)
+    return float((np.where(mean > 0, pairs.max(axis=-1) / np.where(mean > 0, mean, 1.0), 1.0) - 1.0).mean())

@@ -1,0 +1,89 @@
+"""``python -m sim.advise placement TRACE|SCENARIO``: is a load balancer worth enabling on this traffic, and how often?
+
+Argument parsing and messages; the work is in `sim.advice`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sim.console import guarded
+
+SCENARIOS = Path(__file__).resolve().parents[1] / "scenarios"
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m sim.advise",
+        description="Say what is worth doing on your traffic. placement: plan where experts live on the first third of it "
+        "(window A), judge on the rest (window B), weigh the gain against moves, stalls and memory.",
+        epilog="exit status: 0 done (whatever the verdict), 1 internal error, 2 bad input, 130 interrupted",
+    )
+    p.add_argument("question", choices=["placement"], help="what to advise on")
+    p.add_argument("traffic", metavar="TRACE|SCENARIO", help="recorded expert choices (formats of sim.fit), or a scenario .yaml, whose traffic and gate are run")  # fmt: skip
+    p.add_argument("--json", action="store_true", help="print everything as JSON instead of the text")
+    p.add_argument("--phase", choices=["prefill", "decode"], help="only this one (default: both)")
+    p.add_argument("--model", metavar="NAME|FILE", help="sizes (default: the shipped model that the trace's numbers suggest)")  # fmt: skip
+    p.add_argument("--cluster", metavar="NAME|FILE", help="devices and network (default: h100, or the scenario's)")
+    p.add_argument("--ep-size", type=int, metavar="N", help="expert-parallel ranks (default: up to 8, or the scenario's)")
+    p.add_argument("--redundant", metavar="N,N,...", help="redundant experts to try, multiples of the EP size (default: 0, 1, 2 and 4 per rank)")  # fmt: skip
+    p.add_argument("--tokens-per-rank", type=int, metavar="N", help="batch of one rank (default: 128 in decode, 8192 in prefill, less where the trace is short)")  # fmt: skip
+    p.add_argument("--interval", type=int, default=3000, metavar="STEPS", help="steps between two rebalances (default: 3000, vLLM's; SGLang's is 1000)")  # fmt: skip
+    p.add_argument("--other-ms", type=float, default=0.0, metavar="MS", help="milliseconds of a step outside the MoE part: attention and all else (default: 0)")  # fmt: skip
+    p.add_argument("--solver-s", type=float, default=1.0, metavar="S", help="host seconds of making a plan and preparing its moves (default: 1, SGLang issue 7879; vLLM issue 37656 has 0.004 to 0.035 for the solver alone)")  # fmt: skip
+    p.add_argument("--background", action="store_true", help="plan and move beside serving (vLLM use_async) instead of stalling it")  # fmt: skip
+    p.add_argument("--context", type=int, default=4096, metavar="TOKENS", help="cached tokens of a decoding request (default: 4096)")  # fmt: skip
+    p.add_argument("--least-gain", type=float, default=1.0, metavar="PERCENT", help="net saving below which it is not worth it (default: 1)")  # fmt: skip
+    p.add_argument("--layers", type=int, default=8, metavar="N", help="MoE layers to look at, evenly spread (default: 8)")
+    p.add_argument("--shuffle", action="store_true", help="put whole sequences into random order first: traffic without drift")  # fmt: skip
+    p.add_argument("--experts", type=int, metavar="E", help="routed experts of a trace that does not say (default: the largest id + 1)")  # fmt: skip
+    p.add_argument("--policy", metavar="NAME", help="the scenario's policy whose gate to use (default: the first)")
+    p.add_argument("--seed", type=int, default=0, help="of the bootstrap, of decode's mixing, of --shuffle (default: 0)")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    return guarded("python -m sim.advise", lambda: _main(args), "interrupted")
+
+
+def _main(args: argparse.Namespace) -> int:
+    _check(args)
+    from sim.advice import Setup, report
+    from sim.advice.batches import cut, fitting_tokens
+    from sim.advice.options import check_redundant, fitting_redundant
+    from sim.advice.placement import judge, verdict
+
+    trace, model, cluster, cost, ep_size, notes = _traffic(args)
+    experts = trace.n_routed_experts
+    redundant = fitting_redundant(experts, ep_size) if args.redundant is None else _numbers(args.redundant)
+    check_redundant(redundant, experts, ep_size)
+    setup = Setup(
+        model, cluster, cost, ep_size, args.other_ms / 1e3, args.solver_s, not args.background, args.context,
+        args.interval, args.least_gain / 100, args.seed,
+    )  # fmt: skip
+    sections, phases = [], []
+    for phase in ("decode", "prefill") if args.phase is None else (args.phase,):
+        tokens = args.tokens_per_rank or fitting_tokens(trace.n_tokens, ep_size, phase)
+        batches = cut(
+            trace, ep_size=ep_size, tokens_per_rank=tokens, phase=phase, layers=args.layers, shuffle=args.shuffle,
+            seed=args.seed,
+        )  # fmt: skip
+        found = judge(setup, batches, phase, redundant)
+        answer = verdict(setup, batches, found)
+        sections.append(report.section(setup, batches, phase, found, answer))
+        phases.append(report.as_data(setup, batches, phase, found, answer))
+    assumed = report.assumptions(setup, notes, {})
+    if args.json:
+        data = {"question": "placement", "traffic": args.traffic, "tokens": trace.n_tokens, "phases": phases}
+        print(json.dumps(data | {"assumptions": assumed}, indent=1))
+    else:
+        print("\n\n".join([*sections, "assumed:\n" + "\n".join(f"  {line}" for line in assumed)]))
+    return 0

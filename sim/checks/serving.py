@@ -1,0 +1,83 @@
+"""Rules of a run that serves requests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sim.checks.rule import Rule
+from sim.checks.splits import hosting_problems, split_problems
+from sim.deployment import Unit
+from sim.scenario import Scenario
+from sim.unitmemory import kv_cache_tokens, unit_memory
+from sim.units import human
+
+
+def problems(scenario: Scenario) -> Iterator[Rule]:
+    serving = scenario.serving
+    assert serving is not None
+    roles = {unit.role for unit in serving.units}
+    for missing, other in (("prefill", "decode"), ("decode", "prefill")):
+        if other in roles and missing not in roles:
+            yield ("serving", "units"), f"{other} units need {missing} units beside them"
+    if "mixed" in roles and len(roles) > 1:
+        yield ("serving", "units"), "mixed units do both: not beside prefill and decode units"
+    names = [unit.name for unit in serving.units]
+    devices = sum(unit.count * unit.parallel.ep_size for unit in serving.units)
+    if devices > scenario.cluster.n_devices:
+        cluster = scenario.cluster
+        yield (
+            ("serving", "units"),
+            f"count x ep_size of all units need {devices} devices; the cluster has {cluster.nodes} nodes x "
+            f"{cluster.devices_per_node} = {cluster.n_devices}",
+        )
+    for j, unit in enumerate(serving.units):
+        if unit.name in names[:j]:
+            yield ("serving", "units", j, "name"), f"another unit is called {unit.name!r}"
+        yield from _unit_problems(scenario, j, unit)
+    groups = {unit.name: unit for unit in serving.units}
+    for j, fault in enumerate(serving.faults):
+        if fault.unit not in groups:
+            yield ("serving", "faults", j, "unit"), f"no unit is called {fault.unit!r}; there are {', '.join(names)}"
+            continue
+        unit = groups[fault.unit]
+        for field, value, limit in (("index", fault.index, unit.count), ("rank", fault.rank, unit.parallel.ep_size)):
+            if value >= limit:
+                yield ("serving", "faults", j, field), f"must be < {limit}"
+        if fault.until_s is not None and fault.until_s <= fault.at_s:
+            yield ("serving", "faults", j, "until_s"), f"must be > at_s = {fault.at_s:g}"
+    if serving.warmup_s >= serving.duration_s:
+        yield ("serving", "warmup_s"), f"must be < duration_s = {serving.duration_s:g}"
+    for i, policy in enumerate(scenario.policies):
+        if policy.parallel is not None:
+            yield ("policies", i, "parallel"), "units have their own: set serving.units"
+        if policy.rebalance.interval_steps is not None:
+            yield ("policies", i, "rebalance", "interval_steps"), "is for runs of steps; set interval_s"
+
+
+def _unit_problems(scenario: Scenario, j: int, unit: Unit) -> Iterator[Rule]:
+    where = ("serving", "units", j, "parallel")
+    if unit.parallel.dp_size is not None:
+        yield (*where, "dp_size"), "attention's data-parallel ranks of a unit are ep_size / tp_size"
+    if unit.parallel.pp_size > 1:
+        yield (*where, "pp_size"), "serving has no pipelines"
+    seen: set[int] = set()
+    for i, policy in enumerate(scenario.policies):
+        found = [] if i else list(split_problems(scenario, where, policy, unit.parallel))
+        if scenario.model_of(policy).is_moe:
+            found += hosting_problems(scenario, ("policies", i), where, policy, unit.parallel)
+        yield from found
+        size = policy.placement.num_redundant_experts
+        if found or size in seen:
+            continue
+        seen.add(size)
+        if kv_cache_tokens(scenario, policy, unit) < unit.block_size:
+            items = unit_memory(scenario, policy, unit, 0.0)
+            parts = " + ".join(
+                f"{name} {human(value, 'B')}" for name, value in items.items() if name != "total" and value
+            )
+            yield (
+                where,
+                f"policy {policy.name!r} leaves no room for a cache: {parts} = {human(items['total'], 'B')} of "
+                f"{unit.gpu_memory_utilization:g} x {human(scenario.cluster.device.memory_bytes, 'B')}; what helps: larger "
+                "ep_size or tp_size, fewer redundant experts, smaller max_num_batched_tokens",
+            )

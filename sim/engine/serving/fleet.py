@@ -1,0 +1,81 @@
+"""All data-parallel ranks of all units side by side, and the router that spreads requests over them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sim.deployment import Unit
+from sim.tokens import I64, Bool
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a unit comes down to: unit, its block of the scenario. n_ranks: attention data-parallel ranks of a group.
+    capacity_blocks: cache blocks of a rank. kv_bytes_per_token: of a rank's whole cache. port_bytes_per_s: of a rank's
+    network ports together. latency_s: from unit to unit. devices: of a group."""
+
+    unit: Unit
+    n_ranks: int
+    capacity_blocks: int
+    kv_bytes_per_token: float
+    port_bytes_per_s: float
+    latency_s: float
+    devices: int
+
+
+class Fleet:
+    """Arrays over all R ranks; a rank's number is its place. Groups hold views of them.
+
+    unit, group: [R] numbers. requests: [R] waiting or running. waiting: [R] of them waiting. prompt_tokens, context: [R]
+    tokens of prompts that wait or are computed, and of the contexts of decodes. alive, ready: [R] whether a rank lives,
+    and its group serves. sent_ps, received_ps: [R] when its port is free again. slow: [R] factor on its port's time.
+    """
+
+    def __init__(self, sizes: Sequence[Sizes]) -> None:
+        ranks = [(u, size.n_ranks) for u, size in enumerate(sizes) for _ in range(size.unit.count)]
+        self.sizes = sizes
+        self.unit = np.repeat([u for u, _ in ranks], [n for _, n in ranks])
+        self.group = np.repeat(np.arange(len(ranks)), [n for _, n in ranks])
+        n = len(self.unit)
+        self.requests, self.waiting, self.prompt_tokens, self.context, self.sent_ps, self.received_ps = (
+            np.zeros(n, dtype=np.int64) for _ in range(6)
+        )
+        self.alive, self.ready, self.slow = np.ones(n, bool), np.ones(n, bool), np.ones(n)
+        self._blocks = np.array([sizes[u].capacity_blocks for u in self.unit], dtype=np.int64)
+        self._block_size = np.array([sizes[u].unit.block_size for u in self.unit], dtype=np.int64)
+        roles = np.array([sizes[u].unit.role for u in self.unit])
+        self._takes: dict[str, Bool] = {"prompt": roles != "decode", "decode": roles == "decode"}
+        self._turn = {"prompt": -1, "decode": -1}
+        self._limited = any(size.unit.max_queue is not None for size in sizes)
+
+    def _open(self, what: str, most_tokens: int) -> Bool:
+        """[R] ranks that may take a request whose cache grows to ``most_tokens``."""
+        fits = self._takes[what] & self.alive & (-(-most_tokens // self._block_size) <= self._blocks)
+        ready = fits & self.ready
+        return ready if ready.any() else fits
+
+    def has_queue(self, what: str, most_tokens: int) -> Bool:
+        """[R] as `_open`, without units whose queue is full."""
+        found = self._open(what, most_tokens)
+        if self._limited:
+            queues = np.bincount(self.unit, weights=self.waiting, minlength=len(self.sizes))
+            for u, size in enumerate(self.sizes):
+                if size.unit.max_queue is not None and queues[u] >= size.unit.max_queue:
+                    found &= self.unit != u
+        return found
+
+    def choose(self, what: str, most_tokens: int, *, limited: bool = False) -> int | None:
+        """Return the place for a request, by the method of the first unit that may take it; None if none may."""
+        found = np.flatnonzero(self.has_queue(what, most_tokens) if limited else self._open(what, most_tokens))
+        if not len(found):
+            return None
+        method = self.sizes[int(self.unit[found[0]])].unit.load_balance_method
+        if method == "round_robin":
+            later = found[found > self._turn[what]]
+            self._turn[what] = int(later[0] if len(later) else found[0])
+            return self._turn[what]
+        load: I64 = self.requests if method == "shortest_queue" else self.prompt_tokens + self.context
+        return int(found[int(np.argmin(load[found]))])

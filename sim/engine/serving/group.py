@@ -1,0 +1,353 @@
+"""One group of ranks that serve in step: continuous batching, an iteration after the other.
+
+As in vLLM's first-come first-served scheduler: running decodes come first and take their new cache blocks; where there
+are none left, the request admitted last is put back to the head of the queue and computed again later. Waiting prompts
+then fill what is left of the token budget. Nothing here loops over running requests.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+import numpy as np
+import simpy
+
+from sim.engine.iteration import IterationTimes, Timed, Work
+from sim.engine.serving.cache import Blocks
+from sim.engine.serving.clock import At, Order, Sleep
+from sim.engine.serving.decodes import Decodes
+from sim.engine.serving.policy import State
+from sim.engine.serving.request import Acceptance, Request
+from sim.tokens import I32, I64, Bool
+
+if TYPE_CHECKING:
+    from sim.engine.serving.incidents import Incident
+    from sim.engine.serving.moves import Moving
+    from sim.engine.serving.world import World
+
+
+class Group:
+    """Ranks ``first`` .. of a unit. Everything that changes is reached through the world's events.
+
+    waiting: per rank, requests in the order in which they will be taken. admitted: per rank, those that run, in the order
+    of admission. partial: per rank, the prompt that is partly computed. arriving: per rank, requests whose cache is to be
+    handed over here, as long as there is no room for them.
+    """
+
+    def __init__(self, world: World, number: int, unit: int, index: int, first: int) -> None:
+        self.world, self.number, self.unit_number, self.index, self.first = world, number, unit, index, first
+        sizes = world.fleet.sizes[unit]
+        self.sizes, self.unit, n = sizes, sizes.unit, sizes.n_ranks
+        self.n_ranks = n
+        here = slice(first, first + n)
+        fleet = world.fleet
+        self.n_requests, self.n_waiting, self.prompt_tokens = fleet.requests[here], fleet.waiting[here], fleet.prompt_tokens[here]
+        self.alive, self.ready = fleet.alive[here], fleet.ready[here]
+        self.blocks = Blocks(n, sizes.capacity_blocks, self.unit.block_size, self.unit.prefix_cache)
+        self.acceptance = Acceptance(self.unit.speculative_tokens, self.unit.acceptance, world.seed, world.replica)
+        self.decodes = Decodes(n, world.n_topics, self.unit.block_size, self.acceptance.mean, fleet.context[here])
+        self.waiting: list[deque[Request]] = [deque() for _ in range(n)]
+        self.admitted: list[dict[Request, None]] = [{} for _ in range(n)]
+        self.partial: list[Request | None] = [None] * n
+        self.arriving: list[deque[Request]] = [deque() for _ in range(n)]
+        self.seats = np.zeros(n, dtype=np.int64)  # taken or reserved
+        self.prompting = np.zeros(n, dtype=np.int64)  # waiting or partly computed
+        self.maps: I32 | None = world.policy.first(unit)
+        self.state = State()
+        self.times: IterationTimes = world.policy.times(unit, self.maps, self.state)
+        self.news: deque[Incident] = deque()
+        self.moving: Moving | None = None
+        self.topic_tokens = np.zeros(world.n_topics, dtype=np.int64)
+        self._graphs = np.array(sorted(self.unit.cuda_graph_sizes), dtype=np.int64)
+        self._chunks: list[tuple[int, Request, int]] = []
+        self._last_ps = np.zeros(n, dtype=np.int64)  # of the newest tokens of each rank's decodes
+        self._late: list[dict[Request, int]] = [{} for _ in range(n)]  # decodes whose last token is older, and when
+        self._sleep: Sleep | None = None
+        self._cached = 0
+        self.iterations = 0
+
+    # Requests come and go
+
+    def accept(self, rank: int, request: Request, *, front: bool = False) -> None:
+        """Queue a request whose prompt is to be computed here."""
+        request.prompt = request.input_tokens + request.generated
+        request.place = self.first + rank
+        (self.waiting[rank].appendleft if front else self.waiting[rank].append)(request)
+        self.n_requests[rank] += 1
+        self.n_waiting[rank] += 1
+        self.prompting[rank] += 1
+        self.prompt_tokens[rank] += request.prompt
+        self.wake()
+
+    def wake(self) -> None:
+        """Look for work at this instant, unless an iteration is going on."""
+        if self._sleep is not None:
+            self._sleep.wake(self.number)
+
+    def drop(self, rank: int, request: Request) -> None:
+        """Take a running request off ``rank``, with its blocks; its tokens so far stay with it."""
+        del self.admitted[rank][request]
+        self.seats[rank] -= 1
+        self.n_requests[rank] -= 1
+        if request.joined >= 0:
+            self._leave_decodes(rank, request)
+        else:
+            self.partial[rank] = None
+            self.prompting[rank] -= 1
+            self.prompt_tokens[rank] -= request.prompt
+        self.blocks.release(rank, request)
+
+    def _leave_decodes(self, rank: int, request: Request) -> None:
+        before = request.generated
+        self.decodes.leave(rank, request)
+        brought = request.generated - before
+        request.own += self.blocks.of(request.context + brought) - self.blocks.of(request.context)
+        request.last_ps = self._late[rank].pop(request, int(self._last_ps[rank]))
+
+    def start_decoding(self, rank: int, request: Request) -> None:
+        """Let an admitted request, whose last token came at its ``last_ps``, decode."""
+        if not self.acceptance.most:
+            request.accepted = None
+        elif request.accepted is None:
+            request.accepted = self.acceptance.draw(request)
+        if not self.decodes.count[rank]:
+            self._last_ps[rank] = request.last_ps
+        elif request.last_ps != self._last_ps[rank]:
+            self._late[rank][request] = request.last_ps
+        self.decodes.join(rank, request)
+
+    # Iterations
+
+    def run(self) -> simpy.events.ProcessGenerator:
+        """The group's process."""
+        env = self.world.env
+        while True:
+            while self.news:
+                yield from self.news.popleft().happen(self)
+            work = self._schedule()
+            if work is None:
+                self._sleep = Sleep(env)
+                since = int(env.now)
+                yield self._sleep
+                self._sleep = None
+                if self.moving:
+                    self.moving.while_idle(int(env.now) - since)
+                continue
+            timed = self.times.time(work, self.iterations)
+            start, duration = int(env.now), timed.duration_ps
+            if self.moving:
+                duration += self.moving.during(timed)
+            yield At(env, duration, Order.END, self.number)
+            self._finish(start, work, timed)
+            if self.moving:
+                self.moving.look()
+
+    def _schedule(self) -> Work | None:
+        """Fill an iteration, or return None if there is nothing to do."""
+        decodes, unit = self.decodes, self.unit
+        self._chunks, self._cached = [], 0
+        running = decodes.count > 0
+        most = unit.max_num_batched_tokens
+        per_decode = 1 + unit.speculative_tokens
+        if unit.chunked_prefill:
+            self._grow(running)
+            prompted = self._fill(most - decodes.count * per_decode)
+        else:
+            prompted = self._fill(np.full(self.n_ranks, most))
+            running &= ~prompted
+            self._grow(running)
+        self._running = running
+        asking = np.where(running, decodes.count, 0)
+        if not self._chunks and not asking.any():
+            return None
+        tokens = asking * per_decode
+        requests, fresh, pairs, sampled, longest, topics = self._prompts(np.where(running, decodes.longest(), 0))
+        topics += decodes.topics * per_decode if running.all() or unit.chunked_prefill else self._topics(per_decode)
+        self.topic_tokens += topics
+        return Work(
+            decode_requests=asking,
+            decode_tokens=self._padded(tokens),
+            decode_kv_tokens=np.where(running, decodes.context, 0),
+            prefill_requests=requests,
+            prefill_tokens=fresh,
+            prefill_pairs=pairs,
+            longest=longest,
+            sampled=tokens + sampled,
+            topic_tokens=topics,
+        )
+
+    def _padded(self, tokens: I64) -> I64:
+        if not len(self._graphs):
+            return tokens
+        at = np.searchsorted(self._graphs, tokens)
+        larger = self._graphs[np.minimum(at, len(self._graphs) - 1)]
+        return np.where((tokens > 0) & (at < len(self._graphs)), larger, tokens)
+
+    def _grow(self, running: Bool) -> None:
+        """Take the blocks that the next decode step of the ranks ``running`` [D] opens, putting back what does not fit."""
+        decodes = self.decodes
+        if not running.any():
+            self._brought = np.zeros(self.n_ranks, dtype=np.int64)
+            return
+        while True:
+            wanted = np.where(running, decodes.new_blocks(), 0)
+            short = self.blocks.short(wanted)
+            if not short.any():
+                break
+            for rank in np.flatnonzero(short).tolist():
+                self._put_back(rank)
+            running &= decodes.count > 0
+        self.blocks.take_all(wanted)
+        self._brought = np.where(running, decodes.new_tokens(), 0)
+        decodes.context += self._brought
+
+    def _put_back(self, rank: int) -> None:
+        """Preempt the request admitted last; it waits at the head of its queue."""
+        request = next(reversed(self.admitted[rank]))
+        self.drop(rank, request)
+        request.preemptions += 1
+        self.world.requeue(request)
+        self.accept(rank, request, front=True)
+
+    def _fill(self, budget: I64) -> Bool:
+        """Take prompts on all ranks as far as ``budget`` [D] tokens go; return [D] which ranks have any."""
+        prompted = np.zeros(self.n_ranks, dtype=bool)
+        for rank in np.flatnonzero((self.prompting > 0) & (budget > 0)).tolist():
+            prompted[rank] = self._fill_rank(rank, int(budget[rank]))
+        return prompted
+
+    def _fill_rank(self, rank: int, budget: int) -> bool:
+        before, whole = len(self._chunks), not self.unit.chunked_prefill
+        request = self.partial[rank]
+        while budget > 0:
+            if request is None:
+                if not self.waiting[rank] or self.seats[rank] >= self.unit.max_num_seqs:
+                    break
+                request = self.waiting[rank][0]
+                if whole and len(self._chunks) > before and request.prompt > budget:
+                    break
+                if not self.blocks.admit(rank, request):
+                    break
+                self._admit(rank, request)
+            left = request.prompt - request.computed
+            taken = left if whole else min(left, budget)
+            self._chunks.append((rank, request, taken))
+            budget -= taken
+            if taken < left:
+                self.partial[rank] = request
+                break
+            request = None
+        return len(self._chunks) > before
+
+    def _admit(self, rank: int, request: Request) -> None:
+        self.waiting[rank].popleft()
+        self.n_waiting[rank] -= 1
+        self.seats[rank] += 1
+        self.admitted[rank][request] = None
+        self._cached += request.computed
+        if request.cached_tokens < 0:
+            request.cached_tokens = request.computed
+        self.world.admitted(request)
+
+    def _prompts(self, longest: I64) -> tuple[I64, I64, np.ndarray, I64, I64, I64]:
+        """[D] prompts, their new tokens, (query, position) pairs, tokens sampled and longest contexts; [topics] tokens."""
+        requests, fresh, sampled = (np.zeros(self.n_ranks, dtype=np.int64) for _ in range(3))
+        pairs, topics = np.zeros(self.n_ranks), np.zeros(len(self.topic_tokens), dtype=np.int64)
+        for rank, request, n in self._chunks:
+            requests[rank] += 1
+            fresh[rank] += n
+            pairs[rank] += n * request.computed + n * (n + 1) / 2
+            sampled[rank] += request.computed + n == request.prompt
+            longest[rank] = max(int(longest[rank]), request.computed + n)
+            topics[request.topic] += n
+        return requests, fresh, pairs, sampled, longest, topics
+
+    def _topics(self, per_decode: int) -> I64:
+        """[topics] decode tokens where only some ranks decode: in proportion, for topics are counted over the group."""
+        n, running = int(self.decodes.count.sum()), int(self.decodes.count[self._running].sum())
+        return self.decodes.topics * per_decode * running // max(1, n)
+
+    def _finish(self, start: int, work: Work, timed: Timed) -> None:
+        """The iteration is over: tokens reach users, requests end or go on."""
+        now = int(self.world.env.now)
+        running = self._running
+        asking, waiting = work.decode_requests, int(self.n_waiting.sum())
+        used, fullest = int(self.blocks.used.sum()), int(self.blocks.used.max())
+        self._count_gaps(now, asking)
+        for rank, request in self.decodes.advance(running, self._brought):
+            request.own += self.blocks.of(request.most_tokens) - self.blocks.of(request.context)
+            self._end(rank, request)
+        given = int(self._brought.sum())
+        for rank, request, n in self._chunks:
+            request.computed += n
+            if request.computed == request.prompt:
+                given += 1
+                self._prompt_done(rank, request, now)
+        for rank in range(self.n_ranks) if self.unit.role == "decode" else ():
+            self.receive(rank)
+        self.world.log.rows.append(
+            (
+                self.number, start, now, int(asking.sum()), waiting, used, fullest, int(work.prefill_tokens.sum()),
+                self._cached, given, timed.attention_ps, timed.experts_ps, timed.communication_ps, timed.other_ps,
+            )
+        )  # fmt: skip
+        self.world.log.imbalance.append(timed.imbalance)
+        self.iterations += 1
+
+    def _count_gaps(self, now: int, asking: I64) -> None:
+        """Note how long every decode waited for the tokens of this iteration."""
+        running, log = self._running, self.world.log
+        weights = asking[running]
+        if not len(weights):
+            return
+        gaps = now - self._last_ps[running]
+        for rank in np.flatnonzero(running).tolist() if any(self._late) else ():
+            for last_ps in self._late[rank].values():
+                log.single_gaps += [(now - last_ps, 1), (now - int(self._last_ps[rank]), -1)]
+            self._late[rank].clear()
+        if int(gaps.min()) == int(gaps.max()):
+            log.single_gaps.append((int(gaps[0]), int(weights.sum())))
+        else:
+            log.gaps.append(np.stack([gaps, weights]))
+        self._last_ps[running] = now
+
+    def _prompt_done(self, rank: int, request: Request, now: int) -> None:
+        self.partial[rank] = None
+        self.prompting[rank] -= 1
+        self.prompt_tokens[rank] -= request.prompt
+        self.blocks.keep(rank, request)
+        request.generated += 1
+        if request.last_ps >= 0:
+            self.world.log.single_gaps.append((now - request.last_ps, 1))
+        else:
+            request.first_ps = now
+        request.last_ps = now
+        if request.generated == request.output_tokens:
+            self._end(rank, request)
+        elif self.unit.role == "prefill":
+            del self.admitted[rank][request]
+            self.seats[rank] -= 1
+            self.n_requests[rank] -= 1
+            self.world.hand_over(request)
+        else:
+            self.start_decoding(rank, request)
+
+    def _end(self, rank: int, request: Request) -> None:
+        del self.admitted[rank][request]
+        self.seats[rank] -= 1
+        self.n_requests[rank] -= 1
+        self.blocks.release(rank, request)
+        self.world.end(request)
+
+    # Cache from prefill units
+
+    def receive(self, rank: int) -> None:
+        """Start the transfers of requests handed over to ``rank`` for which there is room; requests that wait here to be
+        computed again go first."""
+        queue = self.arriving[rank]
+        while queue and not self.waiting[rank] and self.seats[rank] < self.unit.max_num_seqs:
+            if not self.blocks.take(rank, self.blocks.of(queue[0].prompt)):
+                return
+            self.seats[rank] += 1
+            self.world.transfer(queue.popleft(), self.first + rank)

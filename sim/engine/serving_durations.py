@@ -1,0 +1,268 @@
+"""Seconds of everything in a serving iteration that does not depend on routing, from the tokens that a rank holds.
+
+Kernels are counted one by one: products with the quantisation of their input, attention, norms, gate, activations.
+What depends on a number of tokens alone is tabulated at every whole number, so that a run's iterations look it up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from sim.cost import ComputeCost
+from sim.cost.attention import attention_shape
+from sim.cost.collectives import Fabric, all_reduce_s
+from sim.cost.elementwise import gate_s, norm_s, swiglu_s
+from sim.hardware import BYTES_PER_ELEMENT, Device, Dtype
+from sim.model import Model
+from sim.tokens import F64, I64
+
+_STEP = 1.25
+"""Ratio of neighbouring contexts in the table of decode attention, whose law is all but linear between them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trunk:
+    """Seconds of the parts of a layer on ranks [D]: what comes before attention, attention with all up to the gate,
+    shared experts, dense FFN; and of the output head."""
+
+    before: F64
+    core: F64
+    shared: F64
+    dense: F64
+    head: F64
+
+
+class Lookup:
+    """Values of a law at whole numbers, computed in bulk when first asked for."""
+
+    def __init__(self, law: Callable[[F64], F64]) -> None:
+        self._law, self._values = law, np.zeros(1)
+
+    def __call__(self, count: I64) -> F64:
+        """Return the law at ``count`` [...]; 0 at 0."""
+        top = int(count.max(initial=0))
+        if top >= len(self._values):
+            known = len(self._values)
+            more = np.arange(known, max(64, 2 * known, top + 1), dtype=np.float64)
+            self._values = np.concatenate([self._values, self._law(more)])
+        found: F64 = self._values[count]
+        return found
+
+
+class TrunkTimes:
+    """Laws of one device for ``model`` split over ``tp_size`` ranks; ``sm_fraction`` of its SMs are left to compute."""
+
+    def __init__(
+        self,
+        model: Model,
+        device: Device,
+        cost: ComputeCost,
+        *,
+        dtype: Dtype,
+        tp_size: int,
+        sm_fraction: float,
+        cache_bytes_per_element: float,
+        choice_s: float,
+    ) -> None:
+        self.model, self.device, self.cost, self.dtype, self.tp = model, device, cost, dtype, tp_size
+        self.sm_fraction, self.cache_bytes, self.choice_s = sm_fraction, cache_bytes_per_element, choice_s
+        self.decode_shape = attention_shape(model, "decode", tp_size)
+        self.prefill_shape = attention_shape(model, "prefill", tp_size)
+        self.mla = model.kv_lora_rank is not None
+        self.heads = max(1, model.num_attention_heads // tp_size)
+        self.before, self.after = Lookup(self._before), Lookup(self._after)
+        self.absorbed, self.expanded = Lookup(self._absorbed), Lookup(self._expanded)
+        self.shared, self.dense, self.head = Lookup(self._shared), Lookup(self._dense), Lookup(self._head)
+        self._decode: dict[int, dict[int, float]] = {}
+
+    def product(self, tokens: F64, in_features: float, out_features: float, dtype: Dtype | None = None) -> F64:
+        """Seconds of one dense product, the quantisation of its input included."""
+        return self.cost.gemm_s(
+            self.device,
+            tokens=tokens,
+            in_features=in_features,
+            out_features=out_features,
+            dtype=dtype or self.dtype,
+            sm_fraction=self.sm_fraction,
+            quantise=True,
+        )
+
+    def moved(self, tokens: F64, elements: float, kernels: int = 1) -> F64:
+        """Seconds of elementwise kernels that read and write ``elements`` bf16 numbers per token."""
+        return self.cost.elementwise_s(self.device, bytes=tokens * elements * 4.0, kernels=kernels)
+
+    def _before(self, n: F64) -> F64:
+        """Norm, query and key-value projections, rotation and the write into the cache."""
+        model, h = self.model, self.model.hidden_size
+        seconds = norm_s(self.cost, self.device, tokens=n, hidden_size=h, kernels=1)
+        if not self.mla:
+            shape = self.decode_shape
+            width = shape.num_heads * shape.qk_dim + shape.cache_elements
+            return seconds + self.product(n, h, width) + self.moved(n, width)
+        latent, rope = model.kv_lora_rank or 0, model.qk_rope_head_dim or 0
+        qk = (model.qk_nope_head_dim or 0) + rope
+        query = model.q_lora_rank or 0
+        if query:
+            seconds = seconds + self.product(n, h, query + latent + rope) + self.moved(n, query + latent, 2)
+            seconds = seconds + self.product(n, query, self.heads * qk)
+        else:
+            seconds = seconds + self.product(n, h, self.heads * qk + latent + rope) + self.moved(n, latent)
+        return seconds + self.moved(n, self.heads * rope + latent + rope)
+
+    def _absorbed(self, n: F64) -> F64:
+        """MLA's decode: W_UK into the query and W_UV into the output, one product per head, in bf16."""
+        if not self.mla:
+            return np.zeros_like(n)
+        latent, nope = self.model.kv_lora_rank or 0, self.model.qk_nope_head_dim or 0
+        value = self.model.v_head_dim or nope
+        # FLOPs, weights and output of a batch of products [n, d] x [d, latent] are those of one [n, d] x [d, heads latent].
+        return self.product(n, nope, self.heads * latent, "bf16") + self.product(n, latent, self.heads * value, "bf16")
+
+    def _expanded(self, n: F64) -> F64:
+        """MLA's prefill: keys and values of every head from the latent cache of ``n`` positions."""
+        if not self.mla:
+            return np.zeros_like(n)
+        nope = self.model.qk_nope_head_dim or 0
+        width = self.heads * (nope + (self.model.v_head_dim or nope))
+        return self.product(n, self.model.kv_lora_rank or 0, width)
+
+    def _after(self, n: F64) -> F64:
+        """Output projection, second norm, and in a model with experts the gate and the choice of replicas."""
+        model, h = self.model, self.model.hidden_size
+        value = self.prefill_shape.v_dim
+        seconds = self.product(n, self.heads * value, h)
+        seconds = seconds + norm_s(self.cost, self.device, tokens=n, hidden_size=h, kernels=1)
+        if model.is_moe:
+            seconds = seconds + self.choice_s
+            seconds = seconds + gate_s(
+                self.cost,
+                self.device,
+                tokens=n,
+                hidden_size=h,
+                n_routed_experts=model.n_routed_experts,
+                num_experts_per_tok=model.num_experts_per_tok,
+            )
+        return seconds
+
+    def _ffn(self, n: F64, width: float) -> F64:
+        h = self.model.hidden_size
+        seconds = self.product(n, h, (2 if self.model.gated_ffn else 1) * width)
+        seconds = seconds + swiglu_s(
+            self.cost, self.device, pairs=n, moe_intermediate_size=int(width), dtype=self.dtype
+        )
+        return seconds + self.cost.gemm_s(
+            self.device,
+            tokens=n,
+            in_features=width,
+            out_features=h,
+            dtype=self.dtype,
+            sm_fraction=self.sm_fraction,
+        )
+
+    def _shared(self, n: F64) -> F64:
+        model = self.model
+        seconds = np.zeros_like(n)
+        if model.n_shared_experts:
+            width = model.shared_expert_intermediate_size or model.moe_intermediate_size or 0
+            seconds = seconds + self._ffn(n, model.n_shared_experts * width)
+        if model.moe_latent_size:
+            seconds = seconds + self.product(n, model.hidden_size, model.moe_latent_size)
+            seconds = seconds + self.product(n, model.moe_latent_size, model.hidden_size)
+        return seconds
+
+    def _dense(self, n: F64) -> F64:
+        if not self.model.intermediate_size:
+            return np.zeros_like(n)
+        return self._ffn(n, self.model.intermediate_size / self.tp)
+
+    def _head(self, n: F64) -> F64:
+        """Last norm, the output matrix in bf16, the logits read once by the sampler."""
+        h, words = self.model.hidden_size, self.model.vocab_size / self.tp
+        seconds = norm_s(self.cost, self.device, tokens=n, hidden_size=h, kernels=1)
+        return seconds + self.product(n, h, words, "bf16") + self.moved(n, words / 2)
+
+    def decode_core(self, requests: I64, queries: I64, kv_tokens: F64) -> F64:
+        """Attention of ``requests`` [D] with one context of ``kv_tokens`` / requests each; 0 where there are none."""
+        seconds = np.zeros(requests.shape)
+        busy = np.flatnonzero(requests)
+        if not len(busy):
+            return seconds
+        each = np.maximum(kv_tokens[busy] / requests[busy], 1.0)
+        place = np.log(each) / np.log(_STEP)
+        low = np.floor(place).astype(np.int64)
+        speculative = np.ceil(queries[busy] / requests[busy]).astype(np.int64)
+        for width in np.unique(speculative).tolist():
+            some = speculative == width
+            rows, at = requests[busy[some]], low[some]
+            known = self._contexts(width, rows, at)
+            left, right = _STEP**at, _STEP ** (at + 1.0)
+            share = (each[some] - left) / (right - left)
+            seconds[busy[some]] = known[0] + share * (known[1] - known[0])
+        return seconds
+
+    def _contexts(self, width: int, requests: I64, low: I64) -> F64:
+        """[2, D]: the law at both ends of each context's interval."""
+        table = self._decode.setdefault(width, {})
+        keys = requests * 4096 + low
+        found = np.empty((2, len(keys)))
+        for i, key in enumerate(keys.tolist()):
+            for side in (0, 1):
+                value = table.get(key + side)
+                if value is None:
+                    value = table[key + side] = self._decode_law(width, (key + side) // 4096, (key + side) % 4096)
+                found[side, i] = value
+        return found
+
+    def _decode_law(self, width: int, requests: int, power: int) -> float:
+        return float(
+            self.cost.attention_s(
+                self.device,
+                shape=self.decode_shape,
+                phase="decode",
+                query_tokens=np.full(requests, float(width)),
+                kv_tokens=np.full(requests, _STEP**power),
+                cache_bytes_per_element=self.cache_bytes,
+                window=self.model.sliding_window,
+                sm_fraction=self.sm_fraction,
+            )
+        )
+
+    def prefill_core(self, requests: I64, tokens: I64, pairs: F64) -> F64:
+        """Attention [D] of ``requests`` equal prompts with ``tokens`` new tokens and ``pairs`` in all."""
+        seconds = np.zeros(requests.shape)
+        busy = np.flatnonzero(tokens)
+        if not len(busy):
+            return seconds
+        m = np.maximum(requests[busy], 1)
+        new = tokens[busy] / m
+        context = np.maximum(pairs[busy] / tokens[busy] + (new - 1) / 2, new)
+        there = np.arange(int(m.max())) < m[:, None]
+        seconds[busy] = self.cost.attention_s(
+            self.device,
+            shape=self.prefill_shape,
+            phase="prefill",
+            query_tokens=np.where(there, new[:, None], 0.0),
+            kv_tokens=np.where(there, context[:, None], 0.0),
+            cache_bytes_per_element=self.cache_bytes,
+            window=self.model.sliding_window,
+            sm_fraction=self.sm_fraction,
+        )
+        return seconds + self.expanded(np.rint(np.where(tokens > 0, 0, 0)).astype(np.int64)) + self._spread(
+            busy, np.rint(context * m).astype(np.int64), requests.shape
+        )
+
+    def _spread(self, busy: I64, positions: I64, shape: tuple[int, ...]) -> F64:
+        seconds = np.zeros(shape)
+        seconds[busy] = self.expanded(positions)
+        return seconds
+
+
+def tensor_parallel_s(cluster: Fabric, model: Model, tokens: float, tp_size: int) -> float:
+    """Seconds of one all-reduce of ``tokens`` hidden states (bf16) over ``tp_size`` ranks of a node."""
+    return float(all_reduce_s(cluster, tp_size, tokens * model.hidden_size * 2.0, tp_size))
+
+
+__all__ = ["BYTES_PER_ELEMENT", "Lookup", "Trunk", "TrunkTimes", "tensor_parallel_s"]
