@@ -61,12 +61,13 @@ def _main(args: argparse.Namespace) -> int:
     from sim.advice.options import check_redundant, fitting_redundant
     from sim.advice.placement import judge, verdict
 
-    trace, model, cluster, cost, ep_size, notes = _traffic(args)
+    given = _inputs(args)
+    trace, ep_size = given.trace, given.ep_size
     experts = trace.n_routed_experts
     redundant = fitting_redundant(experts, ep_size) if args.redundant is None else _numbers(args.redundant)
     check_redundant(redundant, experts, ep_size)
     setup = Setup(
-        model, cluster, cost, ep_size, args.other_ms / 1e3, args.solver_s, not args.background, args.context,
+        given.model, given.cluster, given.cost, ep_size, args.other_ms / 1e3, args.solver_s, not args.background, args.context,
         args.interval, args.least_gain / 100, args.seed,
     )  # fmt: skip
     sections, phases = [], []
@@ -80,10 +81,49 @@ def _main(args: argparse.Namespace) -> int:
         answer = verdict(setup, batches, found)
         sections.append(report.section(setup, batches, phase, found, answer))
         phases.append(report.as_data(setup, batches, phase, found, answer))
-    assumed = report.assumptions(setup, notes, {})
+    assumed = report.assumptions(setup, given.notes)
     if args.json:
         data = {"question": "placement", "traffic": args.traffic, "tokens": trace.n_tokens, "phases": phases}
         print(json.dumps(data | {"assumptions": assumed}, indent=1))
     else:
         print("\n\n".join([*sections, "assumed:\n" + "\n".join(f"  {line}" for line in assumed)]))
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name, least in (("ep_size", 1), ("tokens_per_rank", 1), ("interval", 1), ("context", 1), ("layers", 1), ("experts", 1), ("seed", 0)):  # fmt: skip
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least} [got {value}]")
+    for name in ("other_ms", "solver_s", "least_gain"):
+        value = getattr(args, name)
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"--{name.replace('_', '-')} must be a number of at least 0 [got {value}]")
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--redundant must be numbers separated by commas [got {text[:40]!r}]") from None
+
+
+def _inputs(args: argparse.Namespace) -> Any:
+    from sim.advice.inputs import of_scenario, of_trace
+
+    if os.path.splitext(args.traffic)[1].lower() in (".yaml", ".yml"):
+        if args.experts is not None:
+            raise ValueError("--experts is for traces: a scenario has its own")
+        return of_scenario(
+            args.traffic, SCENARIOS, policy=args.policy, model=args.model, cluster=args.cluster, ep_size=args.ep_size,
+            tokens_per_rank=args.tokens_per_rank, layers=args.layers,
+        )  # fmt: skip
+    if args.policy is not None:
+        raise ValueError("--policy is for scenarios: a trace has its choices made")
+    return of_trace(
+        args.traffic, SCENARIOS, experts=args.experts, model=args.model, cluster=args.cluster, ep_size=args.ep_size
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -95,6 +95,12 @@ def free_memory_bytes() -> float:
 
 def estimate(scenario: Scenario) -> Estimate:
     """Estimate a run. Too big means over 10^8 events, 6 hours on one core, or half of the free memory."""
+    arenas = scenario.arenas()
+    if len(arenas) > 1 or arenas[0].scenario is not scenario:
+        parts = [estimate(arena.scenario) for arena in arenas]
+        work, events = sum(part.token_layers for part in parts), sum(part.events for part in parts)
+        memory, seconds = max(part.memory_bytes for part in parts), sum(part.seconds for part in parts)
+        return Estimate(work, events, memory, seconds, _reason(scenario, events, memory, seconds))
     work = token_layers(scenario)
     compiled = compiled_enabled(work)
     events = (

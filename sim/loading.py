@@ -86,5 +86,14 @@ def _trace_path(document: Document, keys: tuple[str, ...], allow_outside: bool) 
         raise ScenarioError([document.problem(where, "is not a usable file name")]) from None
     if named_in_file and not allow_outside and not inside:
         raise ScenarioError([document.problem(where, "a trace named in a file must lie in its folder")])
-    block["path"] = target
+    _set(document.data, where, target)
     return document
+
+
+def _set(data: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    """Set a value deep in ``data``, in copies of the blocks on the way: they may be the caller's."""
+    if len(path) == 1:
+        data[path[0]] = value
+        return
+    data[path[0]] = dict(data[path[0]])
+    _set(data[path[0]], path[1:], value)

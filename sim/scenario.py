@@ -7,7 +7,8 @@ between the parts.
 from __future__ import annotations
 
 import functools
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field, ValidationError
 
@@ -24,6 +25,13 @@ from sim.plugin import Choice
 from sim.settings import Cost, Parallel, Policy, Schedule, Steps, Straggler
 from sim.slots import Slots
 from sim.traffic import Traffic
+
+
+class Arena(NamedTuple):
+    """Policies of a scenario, by number, and the scenario of these alone."""
+
+    indices: tuple[int, ...]
+    scenario: Scenario
 
 
 class Scenario(settings.Block):
@@ -59,6 +67,35 @@ class Scenario(settings.Block):
 
     def parallel_of(self, policy: Policy) -> Parallel:
         return policy.parallel or self.parallel
+
+    def arenas(self) -> tuple[Arena, ...]:
+        """Policies by cluster and expert-parallel group, in the order of their first ones: who meets the same tokens."""
+        found: dict[tuple[Cluster | None, Parallel | None], list[int]] = {}
+        for i, policy in enumerate(self.policies):
+            own = policy.parallel if self.serving or self.model_of(policy).is_moe else None
+            found.setdefault((policy.cluster, own), []).append(i)
+        return tuple(
+            Arena(tuple(indices), self._alone(indices, cluster, parallel))
+            for (cluster, parallel), indices in found.items()
+        )
+
+    def _alone(self, indices: Sequence[int], cluster: Cluster | None, parallel: Parallel | None) -> Scenario:
+        """The scenario of some policies that share ``cluster`` and ``parallel``, where these are not its own."""
+        if cluster is None and parallel is None and len(indices) == len(self.policies):
+            return self
+        changes: dict[str, Any] = {"cluster": cluster or self.cluster}
+        dropped: dict[str, Any] = {"cluster": None} | ({} if parallel is None else {"parallel": None})
+        changes["policies"] = tuple(self.policies[i].model_copy(update=dropped) for i in indices)
+        if parallel is not None and self.serving is not None:
+            units = self.serving.units[:1]  # `checks` refuses more
+            count = max(1, units[0].count * units[0].parallel.ep_size // parallel.ep_size)
+            unit = units[0].model_copy(update={"parallel": parallel, "count": count})
+            changes["serving"] = self.serving.model_copy(update={"units": (unit,)})
+        elif parallel is not None:
+            warmup = self.steps.warmup
+            fewer = warmup.model_copy(update={"ranks": min(warmup.ranks, parallel.ep_size)})
+            changes |= {"parallel": parallel, "steps": self.steps.model_copy(update={"warmup": fewer})}
+        return self.model_copy(update=changes)
 
     def slots(self, policy: Policy, parallel: Parallel | None = None) -> Slots:
         """Slots of ``policy``'s experts in every MoE layer of one EP group. Raises ValueError where they do not divide."""

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from sim.cluster import Cluster
 from sim.cost import CommunicationCost, ComputeCost
 from sim.cost.calibrated import Calibrated
 from sim.cost.port import Port
@@ -159,7 +160,7 @@ class Rebalance(Block):
 
 
 class Policy(Gating):
-    """One competitor: a gate, a placement, and optionally another model or split for it (the dense baselines)."""
+    """One competitor: a gate, a placement, and optionally another model, cluster or split for it."""
 
     name: str = Field(min_length=1, max_length=40)
     placement: Annotated[Placement, Choice(Placement)] = Linear()
@@ -167,4 +168,6 @@ class Policy(Gating):
     """Which copy of a replicated expert a token goes to."""
     rebalance: Rebalance = Rebalance()
     model: Model | None = None
+    cluster: Cluster | None = None
     parallel: Parallel | None = None
+    """In a run that serves requests, of its only unit, whose ``count`` then follows from the devices it had."""

@@ -30,7 +30,7 @@ from sim.matrices import traffic_tables
 from sim.results import Result, summarise
 from sim.rollout import LAYERS_PER_TASK, Task, shape_of
 from sim.scenario import Scenario
-from sim.tables import tabulate
+from sim.tables import merged, tabulate
 from sim.tally import Counts
 from sim.tokens import I64
 from sim.traffic import TrafficShape
@@ -232,6 +232,11 @@ def _simulate_pipelined(scenario: Scenario, jobs: int | None, expected: Estimate
 
 def simulate(scenario: Scenario, jobs: int | None, expected: Estimate, progress: bool = False) -> Result:
     """Run a checked scenario; see `run`."""
+    arenas = scenario.arenas()
+    if len(arenas) > 1 or arenas[0].scenario is not scenario:
+        parts = [simulate(arena.scenario, jobs, estimate(arena.scenario), progress) for arena in arenas]
+        tables = merged([part.tables for part in parts], [policy.name for policy in scenario.policies])
+        return Result(scenario, tables, summarise(tables, scenario), sum(part.n_events for part in parts))
     if scenario.serving is not None:
         from sim.serve import simulate as serve
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -99,6 +99,23 @@ def tabulate(
 
 
 _NO_EXCHANGE = {"nodes_per_token": math.nan, "devices_per_token": math.nan, "inter_node_bytes": math.nan}
+
+
+def merged(parts: Sequence[Mapping[str, Table]], policies: Sequence[str]) -> dict[str, Table]:
+    """Put the tables of arenas together: rows by policy in the order of ``policies``, else as they were."""
+    tables: dict[str, Table] = {}
+    for name in dict.fromkeys(name for part in parts for name in part):
+        found = [part[name] for part in parts if part.get(name)]
+        rows: dict[str, list[tuple[Table, int]]] = {policy: [] for policy in policies}
+        for table in found:
+            for i, policy in enumerate(table["policy"]):
+                rows[policy].append((table, i))
+        columns = dict.fromkeys(column for table in found for column in table)
+        tables[name] = {
+            column: [table[column][i] if column in table else None for of in rows.values() for table, i in of]
+            for column in columns
+        }
+    return tables
 
 
 def _append(table: Table, row: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from sim.advice import Serving, Setup, Verdict
@@ -139,19 +139,19 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def assumptions(setup: Setup, guesses: Sequence[str], caveats: Mapping[str, str]) -> list[str]:
+def assumptions(setup: Setup, notes: Sequence[str]) -> list[str]:
     """Return what a reader must know that is not in the traffic, one sentence each."""
-    device = setup.cluster.device
-    other = f"{1e3 * setup.other_s:g} ms" if setup.other_s else "nothing (attention and all else left out: shares are of the MoE part alone)"
-    found = [
-        *guesses,
-        f"cluster {setup.cluster.name} ({device.name}); experts in {setup.cost.gemm_dtype}; kernels: "
-        f"{setup.cost.compute.kind}, network: {setup.cost.communication.kind}",
-        f"a step: {setup.model.n_moe_layers} MoE layers like the ones recorded, and {other}",
-        f"a rebalance every {setup.interval:,} steps; gains beyond window B taken to last as in it",
-        f"one rebalance {'stalls serving: host' if setup.stall else 'runs beside serving, its moves sharing the links: host'} "
-        f"{human(setup.solver_s, 's')}{'' if setup.stall else ' (not charged)'}, then every layer's moves over the network",
-        f"decode: {setup.context:,} tokens of cache per request, {100 * 0.9:.0f} % of memory used; a batch that loses "
-        "requests to replicas takes as long",
+    other = f"{1e3 * setup.other_s:g} ms" if setup.other_s else "nothing else: shares are of the MoE part alone"
+    if setup.stall:
+        one = f"one rebalance stalls serving: {human(setup.solver_s, 's')} on the host, then the moves, layer after layer"
+    else:
+        one = "one rebalance runs beside serving: its moves take links from dispatch and combine, the host is free"
+    return [
+        *notes,
+        f"{setup.cluster.device.name}, experts in {setup.cost.gemm_dtype}; cost laws {setup.cost.compute.kind} and "
+        f"{setup.cost.communication.kind}; prefill with DeepEP's normal kernels, decode with the low-latency ones",
+        f"a step is {setup.model.n_moe_layers} MoE layers like those recorded, and {other}",
+        f"a rebalance every {setup.interval:,} steps; what window B shows is taken to last that long",
+        one,
+        f"a decoding request holds {setup.context:,} tokens of cache; requests that replicas displace make no step shorter",
     ]
-    return [*found, *caveats.values()]

@@ -48,8 +48,6 @@ def problems(scenario: Scenario) -> Iterator[Rule]:
     if serving.warmup_s >= serving.duration_s:
         yield ("serving", "warmup_s"), f"must be < duration_s = {serving.duration_s:g}"
     for i, policy in enumerate(scenario.policies):
-        if policy.parallel is not None:
-            yield ("policies", i, "parallel"), "units have their own: set serving.units"
         if policy.rebalance.interval_steps is not None:
             yield ("policies", i, "rebalance", "interval_steps"), "is for runs of steps; set interval_s"
 

@@ -128,16 +128,6 @@ def _policy_problems(scenario: Scenario, i: int, policy: Policy) -> Iterator[Rul
     if model.is_moe:
         yield from hosting_problems(scenario, at, where, policy, parallel)
         yield from _moving_problems(scenario, at, policy)
-        if policy.parallel and parallel.ep_size != scenario.parallel.ep_size:
-            yield (
-                (*where, "ep_size"),
-                f"policies with experts share one group: parallel.ep_size = {scenario.parallel.ep_size}",
-            )
-        if policy.parallel and parallel.ep_groups != scenario.parallel.ep_groups:
-            yield (
-                (*where, "dp_size"),
-                f"policies with experts share their groups: {scenario.parallel.ep_groups} on each stage",
-            )
         has = scenario.traffic.provides
         if scenario.steps.resolution == "count":
             if has == "ids" or not policy.select.per_token or policy.select.varies:

@@ -7,32 +7,19 @@ What depends on a number of tokens alone is tabulated at every whole number, so 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
 from sim.cost import ComputeCost
-from sim.cost.attention import attention_shape
+from sim.cost.attention import Phase, attention_shape
 from sim.cost.collectives import Fabric, all_reduce_s
 from sim.cost.elementwise import gate_s, norm_s, swiglu_s
-from sim.hardware import BYTES_PER_ELEMENT, Device, Dtype
+from sim.hardware import Device, Dtype
 from sim.model import Model
 from sim.tokens import F64, I64
 
 _STEP = 1.25
 """Ratio of neighbouring contexts in the table of decode attention, whose law is all but linear between them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Trunk:
-    """Seconds of the parts of a layer on ranks [D]: what comes before attention, attention with all up to the gate,
-    shared experts, dense FFN; and of the output head."""
-
-    before: F64
-    core: F64
-    shared: F64
-    dense: F64
-    head: F64
 
 
 class Lookup:
@@ -76,7 +63,7 @@ class TrunkTimes:
         self.before, self.after = Lookup(self._before), Lookup(self._after)
         self.absorbed, self.expanded = Lookup(self._absorbed), Lookup(self._expanded)
         self.shared, self.dense, self.head = Lookup(self._shared), Lookup(self._dense), Lookup(self._head)
-        self._decode: dict[int, dict[int, float]] = {}
+        self._decode: F64 = np.zeros((0, 0, 0))
 
     def product(self, tokens: F64, in_features: float, out_features: float, dtype: Dtype | None = None) -> F64:
         """Seconds of one dense product, the quantisation of its input included."""
@@ -185,78 +172,74 @@ class TrunkTimes:
         return seconds + self.product(n, h, words, "bf16") + self.moved(n, words / 2)
 
     def decode_core(self, requests: I64, queries: I64, kv_tokens: F64) -> F64:
-        """Attention of ``requests`` [D] with one context of ``kv_tokens`` / requests each; 0 where there are none."""
+        """Attention of ``requests`` [D] with ``queries`` query tokens and contexts of ``kv_tokens`` in all, taken to be
+        of equal length; 0 where there are none."""
         seconds = np.zeros(requests.shape)
         busy = np.flatnonzero(requests)
-        if not len(busy):
-            return seconds
-        each = np.maximum(kv_tokens[busy] / requests[busy], 1.0)
-        place = np.log(each) / np.log(_STEP)
-        low = np.floor(place).astype(np.int64)
-        speculative = np.ceil(queries[busy] / requests[busy]).astype(np.int64)
-        for width in np.unique(speculative).tolist():
-            some = speculative == width
-            rows, at = requests[busy[some]], low[some]
-            known = self._contexts(width, rows, at)
-            left, right = _STEP**at, _STEP ** (at + 1.0)
-            share = (each[some] - left) / (right - left)
-            seconds[busy[some]] = known[0] + share * (known[1] - known[0])
+        if len(busy):
+            many = requests[busy]
+            place = np.log(np.maximum(kv_tokens[busy] / many, 1.0)) / np.log(_STEP)
+            low = place.astype(np.int64)
+            width = -(-queries[busy] // many)
+            known = self._decode_table(int(width.max()), int(many.max()), int(low.max()) + 1)
+            wanted = (width, many, low), (width, many, low + 1)
+            left, right = (self._decode_at(known, at) for at in wanted)
+            share = (_STEP ** (place - low) - 1.0) / (_STEP - 1.0)
+            seconds[busy] = left + share * (right - left)
         return seconds
 
-    def _contexts(self, width: int, requests: I64, low: I64) -> F64:
-        """[2, D]: the law at both ends of each context's interval."""
-        table = self._decode.setdefault(width, {})
-        keys = requests * 4096 + low
-        found = np.empty((2, len(keys)))
-        for i, key in enumerate(keys.tolist()):
-            for side in (0, 1):
-                value = table.get(key + side)
-                if value is None:
-                    value = table[key + side] = self._decode_law(width, (key + side) // 4096, (key + side) % 4096)
-                found[side, i] = value
+    def _decode_table(self, width: int, requests: int, power: int) -> F64:
+        """[queries each, requests, power of _STEP], NaN where not known yet; large enough for the arguments."""
+        shape = tuple(max(a, b + 1) for a, b in zip(self._decode.shape, (width, requests, power), strict=True))
+        if shape != self._decode.shape:
+            larger = np.full(shape, np.nan)
+            larger[tuple(slice(size) for size in self._decode.shape)] = self._decode
+            self._decode = larger
+        return self._decode
+
+    def _decode_at(self, known: F64, at: tuple[I64, I64, I64]) -> F64:
+        found: F64 = known[at]
+        if np.isnan(found).any():
+            for width, requests, power in np.unique(np.stack(at, axis=1)[np.isnan(found)], axis=0).tolist():
+                new = np.full(requests, float(width))
+                known[width, requests, power] = self._attention("decode", new, np.full(requests, _STEP**power))
+            found = known[at]
         return found
 
-    def _decode_law(self, width: int, requests: int, power: int) -> float:
-        return float(
-            self.cost.attention_s(
+    def _attention(self, phase: Phase, query_tokens: F64, kv_tokens: F64) -> F64:
+        """Attention of requests [..., r], mean over the layers with a window and those without."""
+        model = self.model
+
+        def law(window: int | None) -> F64:
+            return self.cost.attention_s(
                 self.device,
-                shape=self.decode_shape,
-                phase="decode",
-                query_tokens=np.full(requests, float(width)),
-                kv_tokens=np.full(requests, _STEP**power),
+                shape=self.decode_shape if phase == "decode" else self.prefill_shape,
+                phase=phase,
+                query_tokens=query_tokens,
+                kv_tokens=kv_tokens,
                 cache_bytes_per_element=self.cache_bytes,
-                window=self.model.sliding_window,
+                window=window,
                 sm_fraction=self.sm_fraction,
             )
-        )
+
+        every = model.full_attention_interval if model.sliding_window else 1
+        whole = law(model.index_topk)
+        return whole if every == 1 else (whole + (every - 1) * law(model.sliding_window)) / every
 
     def prefill_core(self, requests: I64, tokens: I64, pairs: F64) -> F64:
-        """Attention [D] of ``requests`` equal prompts with ``tokens`` new tokens and ``pairs`` in all."""
+        """Attention [D] of prompts taken to be equal, with ``tokens`` new tokens and ``pairs`` (query, position) pairs in
+        all; MLA's keys and values of their whole contexts are expanded first."""
         seconds = np.zeros(requests.shape)
         busy = np.flatnonzero(tokens)
-        if not len(busy):
-            return seconds
-        m = np.maximum(requests[busy], 1)
-        new = tokens[busy] / m
-        context = np.maximum(pairs[busy] / tokens[busy] + (new - 1) / 2, new)
-        there = np.arange(int(m.max())) < m[:, None]
-        seconds[busy] = self.cost.attention_s(
-            self.device,
-            shape=self.prefill_shape,
-            phase="prefill",
-            query_tokens=np.where(there, new[:, None], 0.0),
-            kv_tokens=np.where(there, context[:, None], 0.0),
-            cache_bytes_per_element=self.cache_bytes,
-            window=self.model.sliding_window,
-            sm_fraction=self.sm_fraction,
-        )
-        return seconds + self.expanded(np.rint(np.where(tokens > 0, 0, 0)).astype(np.int64)) + self._spread(
-            busy, np.rint(context * m).astype(np.int64), requests.shape
-        )
-
-    def _spread(self, busy: I64, positions: I64, shape: tuple[int, ...]) -> F64:
-        seconds = np.zeros(shape)
-        seconds[busy] = self.expanded(positions)
+        if len(busy):
+            many = np.maximum(requests[busy], 1)
+            new = tokens[busy] / many
+            context = np.maximum(pairs[busy] / tokens[busy] + (new - 1) / 2, new)
+            there = np.arange(int(many.max())) < many[:, None]
+            core = self._attention(
+                "prefill", np.where(there, new[:, None], 0.0), np.where(there, context[:, None], 0.0)
+            )
+            seconds[busy] = core + self.expanded(np.rint(context * many).astype(np.int64))
         return seconds
 
 
@@ -264,5 +247,3 @@ def tensor_parallel_s(cluster: Fabric, model: Model, tokens: float, tp_size: int
     """Seconds of one all-reduce of ``tokens`` hidden states (bf16) over ``tp_size`` ranks of a node."""
     return float(all_reduce_s(cluster, tp_size, tokens * model.hidden_size * 2.0, tp_size))
 
-
-__all__ = ["BYTES_PER_ELEMENT", "Lookup", "Trunk", "TrunkTimes", "tensor_parallel_s"]

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from sim.placement import Evidence, Observed, Placement
-from sim.placement.eplb import rebalance_experts, seen_load
+from sim.placement.eplb import rebalance_experts
 from sim.slots import Slots
 from sim.tokens import I32, I64
 
@@ -20,13 +20,14 @@ Topology = Literal["cube", "hypercube", "torus", "ring"]
 
 class Lplb(Placement):
     """Every expert once, packed evenly by load as EPLB does; then the d-th heaviest expert of a rank once more, on the
-    rank that the d-th edge of the ``topology`` leads to. No expert has more than two slots.
+    rank that the d-th edge of the ``topology`` leads to. No expert has more than two slots. A layer without traffic keeps
+    its experts in order.
 
-    cube: groups of 8 ranks, two edges per rank: round a ring of four, and across to the other ring, with the two diagonals
-    of every side face joined in one of the directions. hypercube: groups of
-    16, two edges: a ring of four rings of four. torus: the whole EP group, two edges: to the next rank of the node and
-    to the same rank of the next node. ring: each node by itself, one edge to the next rank. With a multiple of that many
-    redundant slots per rank the next heaviest experts follow, over the same edges in turn.
+    cube: groups of 8 ranks, two edges per rank, one round a ring of four and one across to the other ring (straight one
+    way, half a turn on the other). hypercube: groups of 16, two edges, one round a ring of four and one round a ring of
+    such rings. torus: the whole EP group, two edges, to the next node and to the next rank of the node. ring: each node by
+    itself, one edge to the next rank. Edges point from the replica to the original. With a multiple of that many redundant
+    slots per rank the next heaviest experts follow, over the same edges in turn.
 
     Raises ValueError unless ranks fill whole groups, num_redundant_experts is a multiple of ranks times edges, and every
     rank has as many experts of its own to replicate as it has redundant slots.
@@ -51,8 +52,9 @@ class Lplb(Placement):
             )
         if extra > own:
             raise ValueError(f"lplb replicates a rank's own experts: {extra} redundant slots per rank, {own} experts")
-        load = seen_load(observed)
+        load = observed.load
         packed = rebalance_experts(load, slots.n_routed_experts, slots.n_group, slots.n_nodes, ranks)[0]
+        packed = np.where(load.sum(axis=1, keepdims=True) > 0, packed, np.arange(slots.n_routed_experts))
         heaviest = np.argsort(-np.take_along_axis(load, packed, axis=1).reshape(-1, ranks, own), axis=-1, kind="stable")
         originals = np.take_along_axis(packed.reshape(-1, ranks, own), heaviest, axis=-1)
         d = np.arange(extra)
@@ -82,7 +84,7 @@ def edges(topology: Topology, slots: Slots) -> I64:
         columns = [(rank + 1) % size]
     elif topology == "torus":
         columns = [(rank + node) % size, rank // node * node + (rank + 1) % node]
-    else:  # a ring within each four ranks; two fours are joined straight one way, crosswise the other; four in a ring
+    else:
         across = np.where(rank < 4, 4 + (rank + 2) % 4, rank - 4) if topology == "cube" else (rank - 4) % size
         columns = [rank // 4 * 4 + (rank - 1) % 4, across]
     group = np.arange(0, ranks, size)

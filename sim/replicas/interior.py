@@ -29,10 +29,10 @@ def affine_scaling(rank: I64, expert: I64, demand: I64, base: I64, iterations: i
     ranks, experts = len(base), len(demand)
 
     def per_rank(values: F64) -> F64:
-        return np.bincount(rank, weights=values, minlength=ranks)
+        return np.bincount(rank, weights=values, minlength=ranks).astype(np.float64)
 
     def per_expert(values: F64) -> F64:
-        return np.bincount(expert, weights=values, minlength=experts)
+        return np.bincount(expert, weights=values, minlength=experts).astype(np.float64)
 
     counts = np.bincount(expert, minlength=experts)
     first = np.cumsum(counts) - counts

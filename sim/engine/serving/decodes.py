@@ -129,7 +129,8 @@ class Decodes:
         """[D] tokens that the next step brings."""
         if self._tokens is None:
             return self.count
-        return self._tokens[self._ranks, self.step & (self._horizon - 1)].astype(np.int64)
+        found: I64 = self._tokens[self._ranks, self.step & (self._horizon - 1)].astype(np.int64)
+        return found
 
     def advance(self, active: Bool, brought: I64) -> list[tuple[int, Request]]:
         """Do one step on the ranks ``active`` [D], whose contexts had ``brought`` [D] tokens added when it began; return

@@ -42,7 +42,11 @@ class Group:
         self.n_ranks = n
         here = slice(first, first + n)
         fleet = world.fleet
-        self.n_requests, self.n_waiting, self.prompt_tokens = fleet.requests[here], fleet.waiting[here], fleet.prompt_tokens[here]
+        self.n_requests, self.n_waiting, self.prompt_tokens = (
+            fleet.requests[here],
+            fleet.waiting[here],
+            fleet.prompt_tokens[here],
+        )
         self.alive, self.ready = fleet.alive[here], fleet.ready[here]
         self.blocks = Blocks(n, sizes.capacity_blocks, self.unit.block_size, self.unit.prefix_cache)
         self.acceptance = Acceptance(self.unit.speculative_tokens, self.unit.acceptance, world.seed, world.replica)
@@ -53,7 +57,7 @@ class Group:
         self.arriving: list[deque[Request]] = [deque() for _ in range(n)]
         self.seats = np.zeros(n, dtype=np.int64)  # taken or reserved
         self.prompting = np.zeros(n, dtype=np.int64)  # waiting or partly computed
-        self.maps: I32 | None = world.policy.first(unit)
+        self.maps: I32 | None = world.unit_maps[unit]
         self.state = State()
         self.times: IterationTimes = world.policy.times(unit, self.maps, self.state)
         self.news: deque[Incident] = deque()
@@ -132,7 +136,7 @@ class Group:
                 yield self._sleep
                 self._sleep = None
                 if self.moving:
-                    self.moving.while_idle(int(env.now) - since)
+                    self.moving.while_idle(since)
                 continue
             timed = self.times.time(work, self.iterations)
             start, duration = int(env.now), timed.duration_ps
@@ -284,7 +288,7 @@ class Group:
             if request.computed == request.prompt:
                 given += 1
                 self._prompt_done(rank, request, now)
-        for rank in range(self.n_ranks) if self.unit.role == "decode" else ():
+        for rank in range(self.n_ranks) if any(self.arriving) else ():
             self.receive(rank)
         self.world.log.rows.append(
             (
@@ -347,6 +351,9 @@ class Group:
         computed again go first."""
         queue = self.arriving[rank]
         while queue and not self.waiting[rank] and self.seats[rank] < self.unit.max_num_seqs:
+            if not self.world.still_there(queue[0]):
+                self.world.lose(queue.popleft(), self.first + rank)
+                continue
             if not self.blocks.take(rank, self.blocks.of(queue[0].prompt)):
                 return
             self.seats[rank] += 1

@@ -28,7 +28,14 @@ class Request:
     )  # fmt: skip
 
     def __init__(
-        self, number: int, arrival_ps: int, input_tokens: int, output_tokens: int, topic: int, prefix: int, prefix_tokens: int
+        self,
+        number: int,
+        arrival_ps: int,
+        input_tokens: int,
+        output_tokens: int,
+        topic: int,
+        prefix: int,
+        prefix_tokens: int,
     ) -> None:
         self.number, self.arrival_ps = number, arrival_ps
         self.input_tokens, self.output_tokens, self.topic = input_tokens, output_tokens, topic

@@ -1,0 +1,284 @@
+"""Seconds of the routed part of an MoE layer (dispatch, experts, combine), by the tokens that ranks bring.
+
+Batches are drawn from a `Pool`, sent through placement and replicas, counted, and timed by the cost laws on a grid of
+sizes; between them times are linear. Sizes are filled in when they are first asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+import numpy as np
+
+from sim.cost import Direction, Mode
+from sim.cost.elementwise import permute_s, swiglu_s
+from sim.exchange import token_bytes
+from sim.hardware import Device
+from sim.kernels.choose import Kernels, choose
+from sim.model import Model
+from sim.network import Network
+from sim.pool import Kind, Pool
+from sim.replicas import ReplicaChoice, assign
+from sim.settings import Cost
+from sim.slots import Slots
+from sim.tokens import F64, I16, I32, I64, Bool
+
+DISPATCH, EXPERTS, COMBINE = 0, 1, 2
+LOOKED_AT = 1024
+"""Tokens of a rank whose copies per rank and node are counted one by one; more are taken to be like these."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Of one batch: seconds [3, L] of dispatch, experts and combine on the slowest rank, and max over mean tokens of the
+    ranks' experts, mean over layers."""
+
+    seconds: F64
+    imbalance: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Group:
+    """One expert-parallel group in one state (P ranks, L sampled layers, S slots).
+
+    maps: [L, S] int32 ``physical_to_logical_map``, -1 in slots that hold nothing. compute: [P] factors on compute
+    times. alive: [P]. ports: [P] factors by which a rank's links are slower.
+    """
+
+    slots: Slots
+    maps: I32
+    compute: F64
+    ports: F64
+    alive: Bool
+
+
+def slowed_network(network: Network, ports: F64) -> Network:
+    """Return ``network`` with the first and last link of every route of rank r ``ports[r]`` [P] times slower."""
+    rate = network.link_bandwidth_bytes_per_s.copy()
+    for rank in np.flatnonzero(ports != 1).tolist():
+        out, into = network.paths[rank], network.paths[:, rank]
+        last = np.maximum((into >= 0).sum(axis=-1) - 1, 0)
+        touched = np.union1d(out[:, 0], np.take_along_axis(into, last[:, None], axis=-1))
+        touched = touched[touched >= 0]
+        rate[touched] = network.link_bandwidth_bytes_per_s[touched] / ports[rank]
+    return replace(network, link_bandwidth_bytes_per_s=rate)
+
+
+class RoutedTimes:
+    """The routed layers of ``model`` for one group and one pool.
+
+    overlapped: whether compute and communication run at the same time. sm_fraction: share of the SMs left to compute.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        group: Group,
+        network: Network | None,
+        *,
+        model: Model,
+        device: Device,
+        cost: Cost,
+        mode: Mode,
+        replicas: ReplicaChoice,
+        overlapped: bool,
+        sm_fraction: float,
+        draws: int,
+    ) -> None:
+        self.pool, self.group, self.model, self.device = pool, group, model, device
+        self.cost, self.mode, self.replicas = cost, mode, replicas
+        self.overlapped, self.sm_fraction = overlapped, sm_fraction
+        self.draws = 1 if pool.balanced else draws
+        self.network = None if network is None else slowed_network(network, group.ports)
+        self.sources = np.flatnonzero(group.alive)
+        self.layers = range(len(pool.layers))
+        self.kernels: Kernels = choose(0)
+        self.mixtures = _mixtures(pool.n_topics)
+        self._known: dict[tuple[Kind, int, int, int], Timing] = {}
+        self._even: dict[int, F64] = {}
+
+    def mixture(self, topic_tokens: I64) -> int:
+        """Return the number of the mixture that is nearest to ``topic_tokens`` [topics]."""
+        if len(self.mixtures) == 1:
+            return 0
+        shares = topic_tokens / max(1, topic_tokens.sum())
+        return int(np.abs(self.mixtures - shares).sum(axis=1).argmin())
+
+    def at(self, kind: Kind, mixture: int, draw: int, mean: float, most: float) -> Timing:
+        """Return the times of draw ``draw`` where ranks bring ``mean`` tokens on average and ``most`` at most.
+
+        A rank that brings more than others sends more: it takes as long as an even batch of that many tokens would.
+        """
+        low, high = grid(mean) if not self.pool.balanced else (max(1, round(mean)),) * 2
+        found = self._timing(kind, mixture, draw, low)
+        if high > low:
+            above, share = self._timing(kind, mixture, draw, high), (mean - low) / (high - low)
+            found = Timing(
+                found.seconds + share * (above.seconds - found.seconds),
+                found.imbalance + share * (above.imbalance - found.imbalance),
+            )
+        if most > mean and self.network is not None:
+            low, high = grid(most)
+            even = self._sent(low) if high == low else _between(self._sent(low), self._sent(high), low, high, most)
+            seconds = found.seconds.copy()
+            seconds[DISPATCH] = np.maximum(seconds[DISPATCH], even[0])
+            seconds[COMBINE] = np.maximum(seconds[COMBINE], even[1])
+            found = Timing(seconds, found.imbalance)
+        return found
+
+    def _timing(self, kind: Kind, mixture: int, draw: int, tokens_per_rank: int) -> Timing:
+        key = kind, mixture, draw, tokens_per_rank
+        if key not in self._known:
+            self._known[key] = self.direct(kind, self.mixtures[mixture], draw, tokens_per_rank)
+        return self._known[key]
+
+    def direct(self, kind: Kind, shares: F64, draw: int, tokens_per_rank: int) -> Timing:
+        """Return the times of one batch, counted and timed as it is."""
+        ids = self.pool.batch(kind, shares, draw, len(self.sources), tokens_per_rank)
+        return self.timed(ids)
+
+    def timed(self, ids: I16 | Sequence[list[I16]]) -> Timing:
+        """Return the times of a batch with experts ``ids`` [L][source] [n, k] of the ranks alive."""
+        slots, seconds = self.group.slots, np.zeros((3, len(self.layers)))
+        imbalance = np.empty(len(self.layers))
+        ranks, nodes = [], []
+        loads = np.zeros((len(self.layers), slots.ep_size, slots.slots_per_rank))
+        for layer in self.layers:
+            rank_tokens, node_tokens, loads[layer] = self._counted(ids[layer], self.group.maps[layer])
+            ranks.append(rank_tokens)
+            nodes.append(node_tokens)
+        pairs = loads.sum(axis=-1)
+        live = pairs[:, self.sources]
+        imbalance = live.max(axis=1) / np.maximum(live.mean(axis=1), 1e-300)
+        seconds[EXPERTS] = (self.experts_s(loads) * self.group.compute).max(axis=-1)
+        if self.network is not None:
+            seconds[[DISPATCH, COMBINE]] = self._transfers(np.stack(ranks), np.stack(nodes))
+        return Timing(seconds, float(imbalance.mean()))
+
+    def _counted(self, ids: I16 | list[I16], physical_to_logical_map: I32) -> tuple[F64, F64, F64]:
+        """Return tokens sent [P, P] and per node [P, N] (in the sense of ``mode``), and [P, slots per rank] received."""
+        slots, experts = self.group.slots, self.pool.n_routed_experts
+        demand = np.zeros((slots.ep_size, experts), dtype=np.int64)
+        for source, chosen in zip(self.sources.tolist(), ids, strict=True):
+            demand[source] = np.bincount(chosen.ravel().astype(np.int64) + 1, minlength=experts + 1)[1:]
+        quota = self._quotas(demand, physical_to_logical_map)
+        pairs = quota.reshape(slots.ep_size, slots.ep_size, slots.slots_per_rank).sum(axis=-1)
+        received = quota.sum(axis=0).reshape(slots.ep_size, slots.slots_per_rank)
+        nodes = np.zeros((slots.ep_size, slots.n_nodes))
+        if self.mode == "low_latency" or self.network is None:
+            return pairs.astype(np.float64), nodes, received.astype(np.float64)
+        ranks = np.zeros((slots.ep_size, slots.ep_size))
+        slot_rank = slots.slot_rank
+        slot_node = (slot_rank // slots.ranks_per_node).astype(np.int32)
+        for source, chosen in zip(self.sources.tolist(), ids, strict=True):
+            some = chosen[:LOOKED_AT]
+            shown = np.bincount(some.ravel().astype(np.int64) + 1, minlength=experts + 1)[1:]
+            part = quota[source] if len(some) == len(chosen) else self._part(quota[source], demand[source], shown, physical_to_logical_map)
+            taken = assign(some, part, physical_to_logical_map)
+            scale = len(chosen) / max(1, len(some))
+            ranks[source] = self.kernels.group_tokens(taken, slot_rank, slots.ep_size) * scale
+            nodes[source] = self.kernels.group_tokens(taken, slot_node, slots.n_nodes) * scale
+        return ranks, nodes, received.astype(np.float64)
+
+    def _part(self, quota: I64, demand: I64, shown: I64, physical_to_logical_map: I32) -> I64:
+        """Return the quotas [S] of some of a source's tokens: what they ask of each expert in the shares of all."""
+        expert = np.maximum(physical_to_logical_map, 0)
+        share = quota / np.maximum(demand[expert], 1)
+        exact = np.where(physical_to_logical_map >= 0, share * shown[expert], 0.0)
+        return np.ceil(exact - 1e-9).astype(np.int64)
+
+    def _quotas(self, demand: I64, physical_to_logical_map: I32) -> I64:
+        held = np.bincount(physical_to_logical_map[physical_to_logical_map >= 0], minlength=demand.shape[1])
+        if held.max(initial=0) > 1:
+            return self.replicas.quotas(demand, physical_to_logical_map, self.group.slots)
+        padded = np.concatenate([demand, np.zeros_like(demand[:, :1])], axis=1)
+        return cast(I64, padded[:, physical_to_logical_map])  # -1 reads the column of zeros
+
+    def experts_s(self, slot_tokens: F64) -> F64:
+        """Seconds [..., P] of ranks whose experts get ``slot_tokens`` [..., P, slots per rank]: products, activation, and
+        in normal mode the permutation around them; low-latency kernels deliver tokens in expert order."""
+        model, pairs = self.model, slot_tokens.sum(axis=-1)
+        hidden, width = model.dispatch_hidden_size, model.moe_intermediate_size or 0
+        compute, dtype = self.cost.compute, self.cost.gemm_dtype
+        seconds = compute.grouped_gemm_s(
+            self.device,
+            expert_tokens=slot_tokens,
+            ep_tokens=pairs,
+            hidden_size=hidden,
+            moe_intermediate_size=width,
+            dtype=dtype,
+            sm_fraction=self.sm_fraction,
+            products_only=True,
+        )
+        seconds = seconds + swiglu_s(compute, self.device, pairs=pairs, moe_intermediate_size=width, dtype=dtype)
+        if self.mode == "normal":
+            seconds = seconds + permute_s(compute, self.device, pairs=pairs, hidden_size=hidden, dtype=dtype)
+        return np.where(pairs > 0, seconds, 0.0)
+
+    def _transfers(self, ranks: F64, nodes: F64) -> F64:
+        """Return [2, ...] seconds of the last arrival of dispatch and combine for tokens [..., P, P] and [..., P, N]."""
+        assert self.network is not None
+        law, found = self.cost.communication, []
+        directions: tuple[Direction, Direction] = ("dispatch", "combine")
+        for direction, dtype in zip(directions, (self.cost.dispatch_dtype, self.cost.combine_dtype), strict=True):
+            seconds, _ = law.pair_times_s(
+                self.network,
+                rank_tokens=ranks,
+                node_tokens=nodes,
+                bytes_per_token=token_bytes(self.model.dispatch_hidden_size, dtype),
+                mode=self.mode,
+                direction=direction,
+                slowdown=law.overlap_slowdown(direction, self.mode) if self.overlapped else 1.0,
+            )
+            found.append(seconds.max(axis=(-1, -2)))
+        return np.stack(found)
+
+    def _sent(self, tokens_per_rank: int) -> F64:
+        """Return [2] seconds of dispatch and combine if ranks bring this many tokens each for evenly loaded experts."""
+        if tokens_per_rank not in self._even:
+            slots, model = self.group.slots, self.model
+            alive = self.group.alive.astype(np.float64)
+            choices = float(model.num_experts_per_tok)
+            targets = alive / alive.sum()
+            copies = choices * targets
+            by_node = np.add.reduceat(targets, np.arange(0, slots.ep_size, slots.ranks_per_node))
+            if self.mode == "normal":
+                copies = 1 - (1 - targets) ** choices
+            at_nodes = 1 - (1 - by_node) ** choices
+            limit = min(model.topk_group, slots.n_nodes) if model.n_group > 1 else slots.n_nodes
+            at_nodes = at_nodes * min(1.0, limit / at_nodes.sum())
+            sources = alive[:, None] * tokens_per_rank
+            self._even[tokens_per_rank] = self._transfers(sources * copies, sources * at_nodes)
+        return self._even[tokens_per_rank]
+
+
+def grid(tokens: float) -> tuple[int, int]:
+    """Return the neighbours of ``tokens`` among 1, 2, 3, 4, 6, 8, 12, 16, ...; equal where it is one of them.
+
+    >>> grid(5.0), grid(8.0), grid(0.3)
+    ((4, 6), (8, 8), (1, 1))
+    """
+    if tokens <= 1:
+        return 1, 1
+    power = 1 << (int(tokens).bit_length() - 1)
+    low = power if power == 1 or tokens < power * 3 // 2 else power * 3 // 2
+    if low == tokens:
+        return low, low
+    return low, 2 * power if low != power else max(power * 3 // 2, power + 1)
+
+
+def _between(low: F64, high: F64, a: int, b: int, at: float) -> F64:
+    return low + (at - a) / (b - a) * (high - low)
+
+
+def _mixtures(n_topics: int) -> F64:
+    """[n, topics]: the even mixture, and the ways from it to each topic alone, in quarters."""
+    even = np.full(n_topics, 1.0 / n_topics)
+    if n_topics == 1:
+        return even[None]
+    found = [even]
+    for step in (0.25, 0.5, 0.75, 1.0):
+        found += [(1 - step) * even + step * one for one in np.eye(n_topics)]
+    return np.array(found)
