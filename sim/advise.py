@@ -32,20 +32,26 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--phase", choices=["prefill", "decode"], help="only this one (default: both)")
     p.add_argument("--model", metavar="NAME|FILE", help="sizes (default: the shipped model that the trace's numbers suggest)")  # fmt: skip
     p.add_argument("--cluster", metavar="NAME|FILE", help="devices and network (default: h100, or the scenario's)")
-    p.add_argument("--ep-size", type=int, metavar="N", help="expert-parallel ranks (default: up to 8, or the scenario's)")
+    p.add_argument(
+        "--ep-size", type=int, metavar="N", help="expert-parallel ranks (default: up to 8, or the scenario's)"
+    )
     p.add_argument("--redundant", metavar="N,N,...", help="redundant experts to try, multiples of the EP size (default: 0, 1, 2 and 4 per rank)")  # fmt: skip
     p.add_argument("--tokens-per-rank", type=int, metavar="N", help="batch of one rank (default: 128 in decode, 8192 in prefill, less where the trace is short)")  # fmt: skip
-    p.add_argument("--interval", type=int, default=3000, metavar="STEPS", help="steps between two rebalances (default: 3000, vLLM's; SGLang's is 1000)")  # fmt: skip
+    p.add_argument("--interval", type=int, metavar="STEPS", help="steps between two rebalances, such as vLLM's 3000 or SGLang's 1000 (default: ten times what repays one, if plans last)")  # fmt: skip
     p.add_argument("--other-ms", type=float, default=0.0, metavar="MS", help="milliseconds of a step outside the MoE part: attention and all else (default: 0)")  # fmt: skip
     p.add_argument("--solver-s", type=float, default=1.0, metavar="S", help="host seconds of making a plan and preparing its moves (default: 1, SGLang issue 7879; vLLM issue 37656 has 0.004 to 0.035 for the solver alone)")  # fmt: skip
     p.add_argument("--background", action="store_true", help="plan and move beside serving (vLLM use_async) instead of stalling it")  # fmt: skip
     p.add_argument("--context", type=int, default=4096, metavar="TOKENS", help="cached tokens of a decoding request (default: 4096)")  # fmt: skip
     p.add_argument("--least-gain", type=float, default=1.0, metavar="PERCENT", help="net saving below which it is not worth it (default: 1)")  # fmt: skip
-    p.add_argument("--layers", type=int, default=8, metavar="N", help="MoE layers to look at, evenly spread (default: 8)")
+    p.add_argument(
+        "--layers", type=int, default=8, metavar="N", help="MoE layers to look at, evenly spread (default: 8)"
+    )
     p.add_argument("--shuffle", action="store_true", help="put whole sequences into random order first: traffic without drift")  # fmt: skip
     p.add_argument("--experts", type=int, metavar="E", help="routed experts of a trace that does not say (default: the largest id + 1)")  # fmt: skip
     p.add_argument("--policy", metavar="NAME", help="the scenario's policy whose gate to use (default: the first)")
-    p.add_argument("--seed", type=int, default=0, help="of the bootstrap, of decode's mixing, of --shuffle (default: 0)")
+    p.add_argument(
+        "--seed", type=int, default=0, help="of the bootstrap, of decode's mixing, of --shuffle (default: 0)"
+    )
     return p
 
 
@@ -59,7 +65,8 @@ def _main(args: argparse.Namespace) -> int:
     from sim.advice import Setup, report
     from sim.advice.batches import cut, fitting_tokens
     from sim.advice.options import check_redundant, fitting_redundant
-    from sim.advice.placement import judge, verdict
+    from sim.advice.placement import judge
+    from sim.advice.verdict import verdict
 
     given = _inputs(args)
     trace, ep_size = given.trace, given.ep_size
@@ -80,7 +87,7 @@ def _main(args: argparse.Namespace) -> int:
         found = judge(setup, batches, phase, redundant)
         answer = verdict(setup, batches, found)
         sections.append(report.section(setup, batches, phase, found, answer))
-        phases.append(report.as_data(setup, batches, phase, found, answer))
+        phases.append(report.as_data(batches, phase, found, answer))
     assumed = report.assumptions(setup, given.notes)
     if args.json:
         data = {"question": "placement", "traffic": args.traffic, "tokens": trace.n_tokens, "phases": phases}

@@ -9,7 +9,7 @@ from pydantic import Field
 from sim.plugin import Choice
 from sim.requests import RequestSource
 from sim.settings import Block, Parallel
-from sim.units import Seconds
+from sim.units import BytesPerSecond, Seconds
 
 
 class Unit(Block):
@@ -77,7 +77,9 @@ class Fault(Block):
     """How many times slower: the rank's compute, or the bytes that its network ports move per second."""
     recovery_s: Seconds = 25.0
     """Time after a death in which the group serves nothing while it regroups (vLLM issue 38862: about 25 s). Experts with
-    a replica elsewhere stay; lost ones are loaded on the ranks that are left, one after the other."""
+    a replica elsewhere stay; lost ones are then loaded on the ranks that are left, one after the other."""
+    load_bytes_per_s: BytesPerSecond = 5e9
+    """At which lost experts are loaded. An assumption: one NVMe drive; storage that all ranks read at once is faster."""
 
 
 class Serving(Block):

@@ -83,11 +83,9 @@ class Pool:
         warm_up(task, source, tallies)
         gates = {layer: found[0].gate for layer, found in tallies.items()}
         length = min(scenario.traffic.longest_sequence or 1024, pool_tokens)
-        shelves = [
-            _fill(scenario, source, gates, replica, phase, min(run, length), pool_tokens)
-            for phase, run in (("decode pool", SINGLES), ("prefill pool", length))
-        ]
-        return cls(layers, model.n_routed_experts, *shelves, seed=scenario.seed)
+        fill = partial(_fill, scenario, source, gates, replica, pool_tokens)
+        singles, runs = fill("decode pool", min(SINGLES, length)), fill("prefill pool", length)
+        return cls(layers, model.n_routed_experts, singles, runs, scenario.seed)
 
     @classmethod
     def of_balanced(cls, model: Model, layers: tuple[int, ...], n_group: int, topk_group: int) -> Pool:
@@ -122,7 +120,8 @@ class Pool:
     def _uniforms(self, kind: Kind, draw: int, n_ranks: int, n: int) -> F64:
         """[n_ranks, n], block by block, so that a longer one begins with a shorter one."""
         blocks = [
-            stream(self.seed, "serving", kind, draw, block).random((n_ranks, _BLOCK)) for block in range(-(-n // _BLOCK))
+            stream(self.seed, "serving", kind, draw, block).random((n_ranks, _BLOCK))
+            for block in range(-(-n // _BLOCK))
         ]
         return np.concatenate(blocks, axis=1)[:, :n]
 
@@ -170,9 +169,9 @@ def _fill(
     source: Source,
     gates: dict[int, Gate],
     replica: int,
+    wanted: int,
     phase: str,
     run: int,
-    wanted: int,
 ) -> Shelf:
     """Route pieces of ``run`` tokens until every topic has ``wanted``."""
     n_topics = len(scenario.traffic.topics)

@@ -9,8 +9,10 @@ from typing import Any
 
 from sim.countlevel import noise_of_a_step
 from sim.metrics.dynamics import MIN_STEPS
-from sim.results import METRICS, Metric, Result
+from sim.results import Metric, Result, Table, metrics_of
 from sim.scenario import Scenario
+from sim.unitmemory import kv_cache_tokens
+from sim.units import human
 
 _BALANCE = (
     "max_vio_batch", "max_vio_batch_floor", "max_vio_global", "max_vio_global_floor", "device_max_over_mean",
@@ -34,9 +36,32 @@ _PRICE = (
     "tokens_per_day", "tokens_per_s_per_gpu", "model_flops_per_s_per_gpu", "mfu", "gpu_hours_per_trillion",
     "usd_per_trillion", "energy_j_per_trillion",
 )  # fmt: skip
+_USERS = (
+    "ttft_p50_s", "ttft_p99_s", "tpot_mean_s", "tpot_p99_s", "itl_p99_s", "e2e_p50_s", "queued_p99_s",
+    "goodput_share", "goodput_per_s",
+)  # fmt: skip
+_OPERATORS = (
+    "input_tokens_per_s_per_gpu", "cached_tokens_per_s_per_gpu", "output_tokens_per_s_per_gpu",
+    "usd_per_million_input", "usd_per_million_output", "utilisation", "decoding_per_rank", "queue_mean", "kv_mean",
+    "kv_max",
+)  # fmt: skip
+_ITERATIONS = (
+    "iteration_s", "attention_s", "experts_s", "communication_s", "other_s", "imbalance_mean", "imbalance_p99",
+    "refused", "preemptions", "retries",
+)  # fmt: skip
+# Columns whose paired difference a table ends with.
+_LEADING = {"step_time_s": "step time", "tpot_mean_s": "mean TPOT", "iteration_s": "iteration"}
 _MOST_TOPICS = 12  # of which each has a column
 # Columns that say nothing where every policy has this value.
-_DULL = {"dropped_share": 0.0, "dropped_worst_topic": 0.0, "offset_rms": 0.0}
+_DULL = {
+    "refused": 0.0,
+    "preemptions": 0.0,
+    "retries": 0.0,
+    "cached_tokens_per_s_per_gpu": 0.0,
+    "dropped_share": 0.0,
+    "dropped_worst_topic": 0.0,
+    "offset_rms": 0.0,
+}
 
 
 def number(value: float, metric: Metric) -> str:
@@ -73,7 +98,7 @@ def grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _table(result: Result, names: Sequence[str]) -> list[str]:
-    metrics = {m.name: m for m in METRICS}
+    metrics = {m.name: m for m in metrics_of(result.scenario)}
     values: dict[tuple[str, str], tuple[float, float, float, float]] = {}
     rows: dict[str, list[Any]] = result.summary_rows
     for policy, metric, mean, half, diff, diff_half, _ in zip(*rows.values(), strict=True):
@@ -83,6 +108,7 @@ def _table(result: Result, names: Sequence[str]) -> list[str]:
     if not names:
         return []
     lines = []
+    leading = next((name for name in _LEADING if name in names), None)
     first = result.scenario.policies[0].name
     for policy in (p.name for p in result.scenario.policies):
         row = [policy]
@@ -92,8 +118,8 @@ def _table(result: Result, names: Sequence[str]) -> list[str]:
             if not math.isnan(half) and not name.endswith("_floor") and half > 1e-6 * abs(mean):
                 cell += f" ±{half * metrics[name].scale:.2g}"
             row.append(cell)
-        if "step_time_s" in names:
-            mean, _, diff, diff_half = values[policy, "step_time_s"]
+        if leading:
+            mean, _, diff, diff_half = values[policy, leading]
             base = mean - diff
             cell = "-" if policy == first or math.isnan(diff) or base <= 0 else f"{100 * diff / base:+.1f} %"
             if cell != "-" and not math.isnan(diff_half):
@@ -101,8 +127,8 @@ def _table(result: Result, names: Sequence[str]) -> list[str]:
             row.append(cell)
         lines.append(row)
     head = ["policy", *(metrics[name].label for name in names)]
-    if "step_time_s" in names:
-        head.append("step time against first")
+    if leading:
+        head.append(f"{_LEADING[leading]} against first")
     return grid(head, lines)
 
 
@@ -154,9 +180,18 @@ def describe(scenario: Scenario) -> list[str]:
     """Say in a few lines what is simulated."""
     model, cluster, parallel = scenario.model, scenario.cluster, scenario.parallel
     warm = scenario.steps.warmup
-    lines = [
+    head = (
         f"{scenario.name}: {model.name}, {model.total_parameters / 1e9:.2f}B parameters, "
-        f"{model.active_parameters / 1e9:.2f}B active ({100 * model.active_parameters / model.total_parameters:.1f} %)",
+        f"{model.active_parameters / 1e9:.2f}B active ({100 * model.active_parameters / model.total_parameters:.1f} %)"
+    )
+    constants = f"constants: {scenario.cost.compute.provenance(cluster.device, scenario.cost.gemm_dtype)}"
+    if scenario.serving is not None:
+        used = sum(unit.count * unit.parallel.ep_size for unit in scenario.serving.units)
+        lines = [head, f"{used} of {cluster.n_devices} {cluster.device.name} in nodes of {cluster.devices_per_node}"]
+        lines += [*_serving(scenario), constants]
+        return [part for line in lines for part in textwrap.wrap(line, 120, subsequent_indent="  ")]
+    lines = [
+        head,
         f"{_simulated(scenario)} of {cluster.n_devices} {cluster.device.name} in nodes of {cluster.devices_per_node}, "
         f"EP{parallel.ep_size} x PP{parallel.pp_size}"
         + (f" x DP{parallel.dp_size}" if parallel.dp_size else "")
@@ -179,11 +214,13 @@ def describe(scenario: Scenario) -> list[str]:
         f"kernels), engine {scenario.schedule.engine}, "
         + ("every token routed" if scenario.steps.resolution == "token" else "loads drawn at count level"),
         *(
-            [f"faults: {', '.join(f'{f.link} at {f.factor:g} of its rate' if f.factor else f'{f.link} down' for f in cluster.faults)}"]
+            [
+                f"faults: {', '.join(f'{f.link} at {f.factor:g} of its rate' if f.factor else f'{f.link} down' for f in cluster.faults)}"
+            ]
             if cluster.faults
             else []
         ),
-        f"constants: {scenario.cost.compute.provenance(cluster.device, scenario.cost.gemm_dtype)}",
+        constants,
     ]
     return [part for line in lines for part in textwrap.wrap(line, 120, subsequent_indent="  ")]
 
@@ -193,8 +230,106 @@ def _titled(result: Result, tables: Sequence[Sequence[str]]) -> list[str]:
     return [line for names in tables if (table := _table(result, names)) for line in ("", *table)]
 
 
+def _serving(scenario: Scenario) -> list[str]:
+    """Who asks, and what serves them."""
+    serving = scenario.serving
+    assert serving is not None
+    lines = [
+        f"requests {serving.requests.kind} for {human(serving.duration_s, 's')}"
+        + (f", the first {human(serving.warmup_s, 's')} left out of means" if serving.warmup_s else "")
+        + f"; {scenario.replicas} replica(s), seed {scenario.seed}; traffic {scenario.traffic.kind}, "
+        f"{len(scenario.traffic.topics)} topic(s)"
+    ]
+    for unit in serving.units:
+        mode = unit.mode or ("low_latency" if unit.role == "decode" else scenario.cost.mode)
+        ranks = max(1, unit.parallel.ep_size // unit.parallel.tp_size)
+        cache = {kv_cache_tokens(scenario, policy, unit) for policy in scenario.policies}
+        tokens = " to ".join(f"{n:,}" for n in sorted({min(cache), max(cache)}))
+        lines.append(
+            f"unit {unit.name}: {unit.count} x EP{unit.parallel.ep_size}, {unit.role}, attention on {ranks} rank(s) of TP"
+            f"{unit.parallel.tp_size}, {mode} kernels, {unit.micro_batches} micro-batch(es), per rank at most "
+            f"{unit.max_num_seqs} sequences, {unit.max_num_batched_tokens} tokens an iteration, "
+            f"{tokens} tokens of cache"
+            + (", with prefix cache" if unit.prefix_cache else "")
+            + ("" if unit.chunked_prefill else ", prompts whole and first")
+            + (f", {unit.speculative_tokens} token(s) speculated" if unit.speculative_tokens else "")
+        )
+    for fault in serving.faults:
+        until = "" if fault.until_s is None else f" to {human(fault.until_s, 's')}"
+        lines.append(
+            f"fault: {fault.kind} at {human(fault.at_s, 's')}{until}, rank {fault.rank} of {fault.unit} {fault.index}"
+        )
+    return lines
+
+
+def _units(result: Result) -> list[str]:
+    """Units side by side where there are several: means over replicas of what each does."""
+    table = result.tables.get("units", {})
+    if not table or len(set(table["unit"])) < 2:
+        return []
+    names = ("input_tokens_per_s_per_gpu", "output_tokens_per_s_per_gpu", "utilisation", "decoding_per_rank", "kv_mean",
+             "kv_max", "iteration_s", "imbalance_mean")  # fmt: skip
+    metrics = {m.name: m for m in metrics_of(result.scenario)}
+    found: dict[tuple[str, str], list[int]] = {}
+    for i, key in enumerate(zip(table["policy"], table["unit"], strict=True)):
+        found.setdefault(key, []).append(i)
+    rows = []
+    for (policy, unit), at in found.items():
+        means = [math.fsum(table[name][i] for i in at) / len(at) for name in names]
+        rows.append(
+            [f"{policy}, {unit}", *(number(mean, metrics[name]) for name, mean in zip(names, means, strict=True))]
+        )
+    return ["", *grid(["policy, unit", *(metrics[name].label for name in names)], rows)]
+
+
+def _events(result: Result) -> list[str]:
+    """What faults and rebalances did, in a line each."""
+    lines = []
+    for row in _rows(result.tables.get("faults", {})):
+        if row["kind"] == "dead_rank" and not row["replica"]:
+            lines.append(
+                f"{row['policy']}: after the death of rank {row['rank']} of {row['unit']} {row['index']} "
+                f"{100 * row['alive_share']:.2f} % of experts had a live copy, {row['loaded_experts']} were loaded again in "
+                f"{human(row['load_s'], 's')}; {row['retried']} requests computed again, {human(row['paused_s'], 's')} "
+                "without service"
+            )
+    plans: dict[str, list[dict[str, Any]]] = {}
+    for row in _rows(result.tables.get("rebalances", {})):
+        plans.setdefault(row["policy"], []).append(row)
+    for policy, found in plans.items():
+        done = [row for row in found if row["done"]]
+        moved = math.fsum(row["moved_bytes"] for row in done)
+        added = math.fsum(row["added_s"] for row in done)
+        lines.append(
+            f"{policy}: {len(done)} of {len(found)} plans moved experts, {human(moved, 'B')} in all, which took "
+            f"{human(added, 's')} of iterations"
+        )
+    return lines
+
+
+def _rows(table: Table) -> list[dict[str, Any]]:
+    return [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
+
+
+def _served(result: Result) -> str:
+    """The whole text of a run that serves requests."""
+    scenario = result.scenario
+    several = scenario.replicas > 1
+    note = "Means over replicas, ± 95 %." if several else "One replica, so no intervals."
+    parts = [*describe(scenario), *_titled(result, [_USERS, _OPERATORS, _ITERATIONS]), *_units(result), ""]
+    remarks = [*_events(result), note, *(f"requests: {caveat}" for caveat in _asked(scenario))]
+    wrapped = [part for line in remarks for part in textwrap.wrap(line, 120, subsequent_indent="  ")]
+    return "\n".join([*parts, *wrapped, *_remarks(scenario)])
+
+
+def _asked(scenario: Scenario) -> tuple[str, ...]:
+    return () if scenario.serving is None else scenario.serving.requests.caveats
+
+
 def terminal(result: Result) -> str:
     """Return the whole text."""
+    if result.scenario.serving is not None:
+        return _served(result)
     tables = [_BALANCE, _EXPERTS]
     parts = [*describe(result.scenario), *_titled(result, tables), *_by_topic(result)]
     tables = [_CONTROL] if result.scenario.steps.count >= MIN_STEPS else []

@@ -82,6 +82,49 @@ METRICS = (
     Metric("energy_j_per_trillion", "MWh /1e12 tokens", 4, 1 / 3.6e9),
 )
 
+SERVICE_METRICS = (
+    *(
+        Metric(f"{name}_{key}_s", f"{label} {key} {unit}", 4, scale)
+        for name, label, unit, scale in (
+            ("ttft", "TTFT", "s", 1.0),
+            ("tpot", "TPOT", "ms", 1e3),
+            ("itl", "ITL", "ms", 1e3),
+            ("e2e", "end to end", "s", 1.0),
+            ("queued", "queued", "s", 1.0),
+        )
+        for key in ("mean", "p50", "p90", "p99")
+    ),
+    Metric("user_tokens_per_s", "tokens/s per user", 4),
+    Metric("goodput_share", "within SLO %", 2, 100.0),
+    Metric("goodput_per_s", "goodput requests/s", 4),
+    Metric("requests", "requests", 0),
+    Metric("refused", "refused", 0),
+    Metric("preemptions", "pre-empted", 0),
+    Metric("retries", "retried", 0),
+    Metric("queue_mean", "mean queue", 4),
+    Metric("running_mean", "mean running", 5),
+    Metric("handover_mean", "mean in handover", 4),
+    Metric("iterations", "iterations", 0),
+    Metric("utilisation", "busy %", 1, 100.0),
+    Metric("input_tokens_per_s_per_gpu", "input tokens /s/GPU", 5),
+    Metric("prompt_tokens_per_s_per_gpu", "of these computed", 5),
+    Metric("cached_tokens_per_s_per_gpu", "of these cached", 5),
+    Metric("output_tokens_per_s_per_gpu", "output tokens /s/GPU", 5),
+    Metric("usd_per_million_input", "USD /1e6 input", 4),
+    Metric("usd_per_million_output", "USD /1e6 output", 4),
+    Metric("decoding_per_rank", "decodes per rank", 4),
+    Metric("kv_mean", "KV mean %", 1, 100.0),
+    Metric("kv_max", "KV most %", 1, 100.0),
+    Metric("imbalance_mean", "imbalance max/mean", 3),
+    Metric("imbalance_p99", "imbalance p99", 3),
+    Metric("iteration_s", "iteration ms", 4, 1e3),
+    Metric("attention_s", "attention ms", 4, 1e3),
+    Metric("experts_s", "experts ms", 4, 1e3),
+    Metric("communication_s", "exposed comm ms", 4, 1e3),
+    Metric("other_s", "other ms", 4, 1e3),
+)
+"""Columns of the service table of a run that serves requests."""
+
 
 @dataclass(frozen=True)
 class Result:
@@ -130,10 +173,45 @@ class Result:
         """One row per policy, replica, MoE layer and expert: tokens over all steps."""
         return self._frame(self.tables["experts"])
 
+    @property
+    def requests(self) -> pd.DataFrame:
+        """One row per policy, replica and request: where it was served, and how long everything took."""
+        return self._frame(self.tables["requests"])
+
+    @property
+    def service(self) -> pd.DataFrame:
+        """One row per policy and replica: what users and operators get (`SERVICE_METRICS`)."""
+        return self._frame(self.tables["service"])
+
+    @property
+    def units(self) -> pd.DataFrame:
+        """One row per policy, replica and serving unit: its own rates, occupancy and times."""
+        return self._frame(self.tables["units"])
+
+    @property
+    def timeline(self) -> pd.DataFrame:
+        """One row per policy, replica, serving unit and hundredth of the duration."""
+        return self._frame(self.tables["timeline"])
+
+    @property
+    def rebalances(self) -> pd.DataFrame:
+        """One row per policy, replica, serving unit and time at which moving experts was considered."""
+        return self._frame(self.tables["rebalances"])
+
+    @property
+    def faults(self) -> pd.DataFrame:
+        """One row per policy, replica and fault of a serving unit: what was lost, and for how long."""
+        return self._frame(self.tables["faults"])
+
     def summary(self) -> pd.DataFrame:
         """One row per policy and metric: mean over replicas, 95 % half-width, paired difference against the first
         policy with its half-width (NaN with one replica)."""
         return self._frame(self.summary_rows)
+
+
+def metrics_of(scenario: Scenario) -> tuple[Metric, ...]:
+    """The figures that a run of ``scenario`` is summarised by."""
+    return METRICS if scenario.serving is None else SERVICE_METRICS
 
 
 def _rows_of(table: Table) -> dict[tuple[str, int], list[int]]:
@@ -168,10 +246,13 @@ def half_width(values: Any) -> float:
 def summarise(tables: dict[str, Table], scenario: Scenario) -> Table:
     """Return the summary columns: policy, metric, mean, half_width, difference, difference_half_width, replicas.
 
-    What holds over a run (the totals table) is averaged over layers, everything else over steps.
+    What holds over a run (the totals table) is averaged over layers, everything else over steps; a run that serves
+    requests has one row of its service table for each policy and replica.
     """
-    steps, totals = tables["steps"], tables.get("totals", {})
+    serves = scenario.serving is not None
+    steps, totals = tables["service" if serves else "steps"], tables.get("totals", {})
     in_steps, in_totals = _rows_of(steps), _rows_of(totals)
+    metrics = metrics_of(scenario)
 
     def mean_of(policy: str, replica: int, name: str) -> float:
         key = (policy, replica)
@@ -180,7 +261,7 @@ def summarise(tables: dict[str, Table], scenario: Scenario) -> Table:
         return _mean(steps, in_steps.get(key, []), _IN_STEPS.get(name, name))
 
     runs = [
-        [{m.name: mean_of(policy.name, replica, m.name) for m in METRICS} for replica in range(scenario.replicas)]
+        [{m.name: mean_of(policy.name, replica, m.name) for m in metrics} for replica in range(scenario.replicas)]
         for policy in scenario.policies
     ]
     out: Table = {
@@ -188,7 +269,7 @@ def summarise(tables: dict[str, Table], scenario: Scenario) -> Table:
         for name in ("policy", "metric", "mean", "half_width", "difference", "difference_half_width", "replicas")
     }
     for index, policy in enumerate(scenario.policies):
-        for metric in METRICS:
+        for metric in metrics:
             mine = np.array([row[metric.name] for row in runs[index]])
             first = np.array([row[metric.name] for row in runs[0]])
             row = (

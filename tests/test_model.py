@@ -36,6 +36,7 @@ COMPUTED = {
     "gpt_oss_120b": (116.8, 5.7, 5.1),
     "llama4_maverick": (400.7, 17.2, 16.2),
     "llama3_1_405b": (405.9, None, None),
+    "llama3_1_8b": (8.03, None, None),
     "gpt3_175b": (174.6, None, None),
 }
 MOE_LAYERS = {
@@ -61,6 +62,7 @@ MOE_LAYERS = {
     "gpt_oss_120b": (36, 36),
     "llama4_maverick": (48, 24),
     "llama3_1_405b": (126, 0),
+    "llama3_1_8b": (32, 0),
     "gpt3_175b": (96, 0),
     "deepseek_67b": (95, 0),
     "dense_37b": (61, 0),

@@ -23,7 +23,8 @@ class Setup:
 
     other_s: seconds of a step outside dispatch, experts and combine. solver_s: of making a plan. stall: whether serving
     waits for plan and moves, or both happen beside it. context: mean tokens of cache per request, in decode. interval:
-    steps between two plans. least_gain: share of a step below which a saving is not worth the trouble.
+    steps between two plans, None: what the traffic suggests. least_gain: share of a step below which a saving is not worth
+    the trouble.
     """
 
     model: Model
@@ -34,6 +35,6 @@ class Setup:
     solver_s: float = 1.0
     stall: bool = True
     context: int = 4096
-    interval: int = 3000
+    interval: int | None = None
     least_gain: float = 0.01
     seed: int = 0

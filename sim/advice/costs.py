@@ -118,4 +118,3 @@ def rebalance_s(setup: Setup, moved: Move, communication_share: float) -> float:
     ``communication_share`` of the time that they take, dispatch and combine would have had them alone.
     """
     return setup.solver_s + moved.seconds if setup.stall else moved.seconds * communication_share
-

@@ -47,7 +47,10 @@ def model_of(n_routed_experts: int, num_experts_per_tok: int, n_layers: int, fol
         far = abs(math.log(model.n_routed_experts / n_routed_experts))
         far += 2 * abs(math.log(model.num_experts_per_tok / num_experts_per_tok))
         if far == 0 and model.n_moe_layers >= n_layers:
-            return model, f"model {model.name}, guessed from {n_routed_experts} experts, {num_experts_per_tok} per token"
+            return (
+                model,
+                f"model {model.name}, guessed from {n_routed_experts} experts, {num_experts_per_tok} per token",
+            )
         if best is None or far < best[0]:
             best = far, model
     if best is None:

@@ -84,7 +84,9 @@ def of_scenario(
     known = [each.name for each in scenario.policies if scenario.model_of(each).is_moe]
     chosen = policy or (known[0] if known else "")
     if chosen not in known:
-        raise ValueError(f"--policy must be one of {', '.join(known) or 'none: no model here has experts'} [got {chosen!r}]")
+        raise ValueError(
+            f"--policy must be one of {', '.join(known) or 'none: no model here has experts'} [got {chosen!r}]"
+        )
     gate = next(each for each in scenario.policies if each.name == chosen)
     found, ranks = scenario.model_of(gate), scenario.parallel.ep_size
     wanted = _BATCHES * ranks * (tokens_per_rank or max(scenario.tokens_per_rank, TYPICAL["decode"]))

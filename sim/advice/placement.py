@@ -8,12 +8,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sim.advice import Serving, Setup, Verdict, costs
+from sim.advice import Serving, Setup, costs
 from sim.advice.batches import Batches
 from sim.advice.bench import Bench
-from sim.advice.evidence import MIN_TIMES, Interval, autocorrelation_time, ratio
+from sim.advice.evidence import Interval, autocorrelation_time, ratio
 from sim.advice.options import BASELINE, Option, options
 from sim.tokens import F64
+
+REPAID = 10
+"""Where plans last, the interval suggested is this many times what repays a rebalance: a tenth of the saving is spent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +57,9 @@ class Every:
 @dataclass(frozen=True, slots=True)
 class Judged:
     """What window B shows. planned, batches: of windows A and B. base_s, base_imbalance: without a balancer. chosen: the
-    row that did best inside window A. net: its saving after costs at the interval asked for. times: autocorrelation times
-    of that saving within B. aged: how its plans age. every: other intervals, those seen in B."""
+    row that did best inside window A. interval: steps between rebalances, asked for or the best that B speaks for. net: the
+    chosen row's saving after costs at that interval. times: autocorrelation times of that saving within B. aged: how its
+    plans age; tail: what the oldest save. every: intervals that compete."""
 
     planned: int
     batches: int
@@ -63,9 +67,11 @@ class Judged:
     base_imbalance: float
     rows: tuple[Row, ...]
     chosen: Row
+    interval: int
     net: Interval
     times: float
     aged: tuple[Aged, ...]
+    tail: float
     every: tuple[Every, ...]
 
 
@@ -87,12 +93,13 @@ def judge(setup: Setup, batches: Batches, phase: Serving, redundant: Sequence[in
     chosen = able[int(np.argmax([_inside_a(bench, row, a) for row in able]))]
     grid = _by_age(bench, chosen.option, a, b)
     cost = chosen.rebalance_s / mean_s
-    seen = [period for period in (1, 2, 3, len(b)) if period <= len(b)]
-    every = []
-    for period in dict.fromkeys(seen):
-        steps, saving = period * batches.per_window, float(_replanned(grid, period).mean()) / mean_s
-        every.append(Every(steps, saving, saving - cost / steps))
-    saved = _replanned(grid, min(len(b), max(1, round(setup.interval / batches.per_window))))
+    tail = _tail(grid) / mean_s
+    seen = [period * batches.per_window for period in dict.fromkeys((1, 2, 3, len(b))) if period <= len(b)]
+    long = [max(seen[-1], math.ceil(REPAID * cost / tail))] if tail > 0 else []
+    every = [_every(steps, grid, batches.per_window, mean_s, tail, cost) for steps in dict.fromkeys(seen + long)]
+    interval = setup.interval or max(every, key=lambda one: one.net).steps
+    asked = _every(interval, grid, batches.per_window, mean_s, tail, cost)
+    saved = _replanned(grid, _period(interval, batches.per_window, len(b)))
     gross = ratio(saved, base.step_s, setup.seed)
     return Judged(
         planned=len(a) * batches.per_window,
@@ -101,14 +108,39 @@ def judge(setup: Setup, batches: Batches, phase: Serving, redundant: Sequence[in
         base_imbalance=float(base.imbalance.mean()),
         rows=tuple(rows),
         chosen=chosen,
-        net=Interval(*(value - cost / setup.interval for value in gross)),
+        interval=interval,
+        net=Interval(*(asked.net + value - gross.mean for value in gross)),
         times=len(saved) / autocorrelation_time(saved),
         aged=tuple(
-            Aged((age + 0.5) * batches.per_window, float(np.mean([row[age].mean() for row in grid if age < len(row)])) / mean_s)
+            Aged(
+                (age + 0.5) * batches.per_window,
+                float(np.mean([row[age].mean() for row in grid if age < len(row)])) / mean_s,
+            )
             for age in range(len(b))
         ),
+        tail=tail,
         every=tuple(every),
     )
+
+
+def _every(steps: int, grid: list[list[F64]], per_window: int, base_s: float, tail: float, cost: float) -> Every:
+    """Return what a rebalance every ``steps`` leaves of a step of ``base_s``; beyond window B plans save the ``tail``."""
+    span = len(grid) * per_window
+    saving = float(_replanned(grid, _period(steps, per_window, len(grid))).mean()) / base_s
+    if steps > span:
+        saving = (saving * span + tail * (steps - span)) / steps
+    return Every(steps, saving, saving - cost / steps)
+
+
+def _period(steps: int, per_window: int, windows: int) -> int:
+    """Return the windows between two plans that come nearest to ``steps``."""
+    return min(windows, max(1, round(steps / per_window)))
+
+
+def _tail(grid: list[list[F64]]) -> float:
+    """Return the mean seconds saved by the oldest plans in window B: those of the last third of ages."""
+    oldest = range(len(grid) - max(1, len(grid) // 3), len(grid))
+    return float(np.concatenate([row[age] for row in grid for age in oldest if age < len(row)]).mean())
 
 
 def _row(bench: Bench, option: Option, base_s: F64, a: range, b: range) -> Row:
@@ -128,12 +160,14 @@ def _row(bench: Bench, option: Option, base_s: F64, a: range, b: range) -> Row:
 
 
 def _inside_a(bench: Bench, row: Row, a: range) -> float:
-    """Return the net saving of an option on the last window of A, planned on those before it (on itself, if alone)."""
+    """Return the seconds that an option saves per step on the last window of A, planned on those before it (on itself, if
+    alone); after costs, if it is known how often they come."""
     seen = a[:-1] or a
     base_s = bench.times(BASELINE, bench.plan(BASELINE, seen), a[-1:]).step_s
     times = bench.times(row.option, bench.plan(row.option, seen), a[-1:])
-    saved = bench.saved_s(row.option, times.step_s, base_s).mean() - row.rebalance_s / bench.setup.interval
-    return float(saved / base_s.mean())
+    saved = float(bench.saved_s(row.option, times.step_s, base_s).mean())
+    each = row.rebalance_s / bench.setup.interval if bench.setup.interval else 0.0
+    return saved - each
 
 
 def _by_age(bench: Bench, option: Option, a: range, b: range) -> list[list[F64]]:
@@ -153,35 +187,3 @@ def _replanned(grid: list[list[F64]], period: int) -> F64:
     """Return seconds saved in every batch of window B, replanned every ``period`` windows."""
     windows = range(len(grid))
     return np.concatenate([grid[window - window % period][window % period] for window in windows])
-
-
-def verdict(setup: Setup, batches: Batches, found: Judged | None) -> tuple[Verdict, str]:
-    """Return the verdict and one line why."""
-    if found is None:
-        wanted = math.ceil(1.5 * MIN_TIMES) * batches.size
-        return "not enough evidence", (
-            f"the traffic fills {batches.n_batches} batches of {batches.size:,} tokens: record {wanted:,} tokens or more, or "
-            "lower --tokens-per-rank"
-        )
-    best, net = found.chosen, found.net
-    so_far = f"{best.option.name} saves {_percent(net)} of a step after costs"
-    if found.times < MIN_TIMES:
-        wanted = math.ceil(batches.ids.shape[1] * MIN_TIMES / found.times)
-        return "not enough evidence", (
-            f"window B holds {found.times:.0f} independent batches, {MIN_TIMES} are wanted: record about {wanted:,} tokens "
-            f"(so far: {so_far})"
-        )
-    if net.low > 0 and net.mean >= setup.least_gain:
-        return "worth it", so_far
-    if net.high < setup.least_gain:
-        if best.saving.low > setup.least_gain:
-            return "not worth it", (
-                f"{best.option.name} saves {_percent(best.saving)} of a step, but a rebalance costs more than "
-                f"{setup.interval:,} steps bring: it takes {best.break_even.mean:,.0f} steps to pay"
-            )
-        return "not worth it", f"{so_far}, less than {100 * setup.least_gain:g} %"
-    return "not enough evidence", f"{so_far}: the interval allows both"
-
-
-def _percent(value: Interval) -> str:
-    return f"{100 * value.mean:.1f} % [{100 * value.low:.1f}, {100 * value.high:.1f}]"

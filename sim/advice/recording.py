@@ -52,7 +52,9 @@ def record(scenario: Scenario, policy: Policy, layers: tuple[int, ...], n_tokens
             lengths += np.bincount(tokens.sequences).tolist()
     ids = np.stack([np.concatenate(parts) for parts in zip(*found, strict=True)])
     if (ids < 0).any():
-        raise ValueError(f"policy {policy.name!r} gives tokens different numbers of experts: advice needs the same for all")
+        raise ValueError(
+            f"policy {policy.name!r} gives tokens different numbers of experts: advice needs the same for all"
+        )
     return checked(
         scenario.name, ids, seqlens=[n for n in lengths if n], layers=layers, n_routed_experts=gate.n_routed_experts
     )

@@ -13,33 +13,33 @@ from sim.advice.placement import Judged, Row
 from sim.report import grid
 from sim.units import human
 
+_HEAD = ("option", "step ms", "imbalance", "saves", "95 %", "moves", "costs", "repaid in steps", "95 %", "memory")
+
 
 def section(setup: Setup, batches: Batches, phase: Serving, found: Judged | None, answer: tuple[Verdict, str]) -> str:
     """Return the text of one phase: verdict, why, how often, the table of options."""
-    lines = [f"{phase}: {answer[0]}", f"  {answer[1]}"]
+    lines = [f"{phase}, {batches.tokens_per_rank} tokens per rank: {answer[0]}", f"  {answer[1]}"]
     if found is None:
         return "\n".join(lines)
-    best = found.chosen
-    lines += [f"  {sentence}" for sentence in _how_often(setup, batches, found)]
-    table = [["no balancer", f"{1e3 * found.base_s:.3f}", f"{found.base_imbalance:.2f}", *["-"] * 6]]
-    table += [_cells(found, row, row is best) for row in found.rows]
-    head = [
-        "option (* best inside window A)", "step, ms", "rank imbalance", "saving", "95 %", "moved per rebalance",
-        "one rebalance", "pays in steps", "cache lost",
-    ]  # fmt: skip
-    sizes = (
-        f"{batches.tokens_per_rank} tokens per rank, {setup.ep_size} ranks, batches of {batches.size:,} tokens; "
-        f"planned on {found.planned} batches, judged on {found.batches} later ones"
+    table = [["no balancer", f"{1e3 * found.base_s:.3f}", f"{found.base_imbalance:.2f}", *["-"] * (len(_HEAD) - 3)]]
+    table += [_cells(found, row) for row in found.rows]
+    return "\n".join(
+        [
+            *lines,
+            *(f"  {sentence}" for sentence in _how_often(batches, found)),
+            "",
+            *(f"  {line}" for line in grid(_HEAD, table)),
+            f"  planned on {found.planned} batches of {batches.size:,} tokens ({setup.ep_size} ranks), judged on "
+            f"{found.batches} later ones; * best within the former",
+        ]
     )
-    return "\n".join([*lines, "", f"  {sizes}", *("  " + line for line in grid(head, table))])
 
 
-def _cells(found: Judged, row: Row, best: bool) -> list[str]:
-    name = row.option.name + (" *" if best else "")
+def _cells(found: Judged, row: Row) -> list[str]:
+    name = row.option.name + (" *" if row is found.chosen else "")
     if math.isnan(row.saving.mean):
-        return [name, "does not fit", *["-"] * 7]
-    kept = 1 - row.cache.batch_share
-    pays = row.break_even
+        return [name, "does not fit", *["-"] * (len(_HEAD) - 2)]
+    lost, repaid = 1 - row.cache.batch_share, row.break_even
     return [
         name,
         f"{1e3 * found.base_s * (1 - row.saving.mean):.3f}",
@@ -48,27 +48,22 @@ def _cells(found: Judged, row: Row, best: bool) -> list[str]:
         f"{_percent(row.saving.low)} .. {_percent(row.saving.high)}",
         human(row.move.bytes, "B"),
         human(row.rebalance_s, "s"),
-        f"{_steps(pays.mean)} ({_steps(pays.low)} .. {_steps(pays.high)})",
-        f"{human(row.cache.replica_bytes, 'B')}" + (f", {100 * kept:.0f} % of the batch" if kept > 0 else ""),
+        _steps(repaid.mean),
+        f"{_steps(repaid.low)} .. {_steps(repaid.high)}" if math.isfinite(repaid.mean) else "-",
+        human(row.cache.replica_bytes, "B") + (f" ({100 * lost:.0f} % of the batch)" if lost > 0 else ""),
     ]
 
 
-def _how_often(setup: Setup, batches: Batches, found: Judged) -> list[str]:
-    best, window = found.chosen, batches.per_window
-    lines = []
-    pays = best.break_even
-    if math.isfinite(pays.mean):
+def _how_often(batches: Batches, found: Judged) -> list[str]:
+    best, lines = found.chosen, []
+    if math.isfinite(best.break_even.mean):
+        low, high = _steps(best.break_even.low), _steps(best.break_even.high)
         lines.append(
-            f"how often: not more than every {_steps(pays.mean)} steps ({_steps(pays.low)} .. {_steps(pays.high)}): one "
-            f"rebalance takes {human(best.rebalance_s, 's')}"
+            f"a rebalance costs {human(best.rebalance_s, 's')}, which {_steps(best.break_even.mean)} steps repay "
+            f"[{low}, {high}]: not more often than that"
         )
-    ages = " ".join(f"{_percent(one.saving)} ({one.steps:.0f})" for one in found.aged)
-    lines.append(f"as a plan ages it saves, at its age in steps: {ages}")
-    last, first = found.aged[-1].saving, found.aged[0].saving
-    if first > 0:
-        seen = "nothing is left" if last <= 0 else f"{100 * min(1.0, last / first):.0f} % of the first saving is left"
-        lines.append(f"after {window * (len(found.aged) - 1)} steps, the oldest plan seen, {seen}")
-    return lines
+    ages = ", ".join(f"{_percent(one.saving)} at {one.steps:.0f}" for one in found.aged)
+    return [*lines, f"saving by age of the plan in steps: {ages}"]
 
 
 def _percent(value: float) -> str:
@@ -79,9 +74,7 @@ def _steps(value: float) -> str:
     return "never" if math.isinf(value) else f"{value:,.0f}"
 
 
-def as_data(
-    setup: Setup, batches: Batches, phase: Serving, found: Judged | None, answer: tuple[Verdict, str]
-) -> dict[str, Any]:
+def as_data(batches: Batches, phase: Serving, found: Judged | None, answer: tuple[Verdict, str]) -> dict[str, Any]:
     """Return one phase as plain data; what has no finite value is None."""
     data: dict[str, Any] = {
         "phase": phase,
@@ -91,10 +84,11 @@ def as_data(
         "batch_tokens": batches.size,
         "planned_batches": 0,
         "judged_batches": 0,
-        "chosen": None,
-        "net_saving": None,
         "independent_batches": None,
         "baseline": None,
+        "chosen": None,
+        "interval_steps": None,
+        "net_saving": None,
         "options": [],
         "aged": [],
         "every": [],
@@ -104,17 +98,18 @@ def as_data(
     return data | {
         "planned_batches": found.planned,
         "judged_batches": found.batches,
-        "chosen": found.chosen.option.name,
-        "net_saving": _interval(found.net),
         "independent_batches": _finite(found.times),
         "baseline": {"step_s": found.base_s, "rank_imbalance": found.base_imbalance},
-        "options": [_row(found, row) for row in found.rows],
+        "chosen": found.chosen.option.name,
+        "interval_steps": found.interval,
+        "net_saving": _interval(found.net),
+        "options": [_row(row) for row in found.rows],
         "aged": [{"steps": one.steps, "saving": one.saving} for one in found.aged],
         "every": [{"steps": one.steps, "saving": one.saving, "net_saving": one.net} for one in found.every],
     }
 
 
-def _row(found: Judged, row: Row) -> dict[str, Any]:
+def _row(row: Row) -> dict[str, Any]:
     return {
         "option": row.option.name,
         "policy": row.option.policy,
@@ -143,15 +138,15 @@ def assumptions(setup: Setup, notes: Sequence[str]) -> list[str]:
     """Return what a reader must know that is not in the traffic, one sentence each."""
     other = f"{1e3 * setup.other_s:g} ms" if setup.other_s else "nothing else: shares are of the MoE part alone"
     if setup.stall:
-        one = f"one rebalance stalls serving: {human(setup.solver_s, 's')} on the host, then the moves, layer after layer"
+        one = f"a rebalance stalls serving: {human(setup.solver_s, 's')} on the host, then the moves, layer after layer"
     else:
-        one = "one rebalance runs beside serving: its moves take links from dispatch and combine, the host is free"
+        one = "a rebalance runs beside serving: its moves take the links from dispatch and combine, the host is free"
     return [
         *notes,
         f"{setup.cluster.device.name}, experts in {setup.cost.gemm_dtype}; cost laws {setup.cost.compute.kind} and "
-        f"{setup.cost.communication.kind}; prefill with DeepEP's normal kernels, decode with the low-latency ones",
+        f"{setup.cost.communication.kind}; DeepEP's normal kernels in prefill, its low-latency ones in decode",
         f"a step is {setup.model.n_moe_layers} MoE layers like those recorded, and {other}",
-        f"a rebalance every {setup.interval:,} steps; what window B shows is taken to last that long",
         one,
+        "later traffic is like window B, and plans older than it save what the oldest ones there do",
         f"a decoding request holds {setup.context:,} tokens of cache; requests that replicas displace make no step shorter",
     ]

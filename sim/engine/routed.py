@@ -23,11 +23,14 @@ from sim.pool import Kind, Pool
 from sim.replicas import ReplicaChoice, assign
 from sim.settings import Cost
 from sim.slots import Slots
+from sim.tally import spread
 from sim.tokens import F64, I16, I32, I64, Bool
 
 DISPATCH, EXPERTS, COMBINE = 0, 1, 2
 LOOKED_AT = 1024
-"""Tokens of a rank whose copies per rank and node are counted one by one; more are taken to be like these."""
+"""Tokens of a rank whose copies per rank and node are counted one by one; of more, as many in even steps."""
+EXACT = 512
+"""Tokens per rank up to which balanced batches are timed at every size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,8 @@ class Group:
 
 def slowed_network(network: Network, ports: F64) -> Network:
     """Return ``network`` with the first and last link of every route of rank r ``ports[r]`` [P] times slower."""
+    if (ports == 1).all():
+        return network
     rate = network.link_bandwidth_bytes_per_s.copy()
     for rank in np.flatnonzero(ports != 1).tolist():
         out, into = network.paths[rank], network.paths[:, rank]
@@ -70,6 +75,7 @@ class RoutedTimes:
     """The routed layers of ``model`` for one group and one pool.
 
     overlapped: whether compute and communication run at the same time. sm_fraction: share of the SMs left to compute.
+    usual: [topics] shares of the traffic's topics.
     """
 
     def __init__(
@@ -85,18 +91,18 @@ class RoutedTimes:
         replicas: ReplicaChoice,
         overlapped: bool,
         sm_fraction: float,
-        draws: int,
+        usual: F64,
     ) -> None:
         self.pool, self.group, self.model, self.device = pool, group, model, device
         self.cost, self.mode, self.replicas = cost, mode, replicas
         self.overlapped, self.sm_fraction = overlapped, sm_fraction
-        self.draws = 1 if pool.balanced else draws
         self.network = None if network is None else slowed_network(network, group.ports)
         self.sources = np.flatnonzero(group.alive)
         self.layers = range(len(pool.layers))
         self.kernels: Kernels = choose(0)
-        self.mixtures = _mixtures(pool.n_topics)
+        self.mixtures = _mixtures(usual if len(usual) == pool.n_topics else np.ones(1))
         self._known: dict[tuple[Kind, int, int, int], Timing] = {}
+        self._lines: dict[tuple[Kind, int, int, int], tuple[F64, F64, float, float]] = {}
         self._even: dict[int, F64] = {}
 
     def mixture(self, topic_tokens: I64) -> int:
@@ -109,24 +115,36 @@ class RoutedTimes:
     def at(self, kind: Kind, mixture: int, draw: int, mean: float, most: float) -> Timing:
         """Return the times of draw ``draw`` where ranks bring ``mean`` tokens on average and ``most`` at most.
 
-        A rank that brings more than others sends more: it takes as long as an even batch of that many tokens would.
+        A rank that brings more than others sends more: it takes as long as an even batch of that many tokens would. Ranks
+        without requests run a token of padding, so no mean is below 1.
         """
-        low, high = grid(mean) if not self.pool.balanced else (max(1, round(mean)),) * 2
-        found = self._timing(kind, mixture, draw, low)
-        if high > low:
-            above, share = self._timing(kind, mixture, draw, high), (mean - low) / (high - low)
-            found = Timing(
-                found.seconds + share * (above.seconds - found.seconds),
-                found.imbalance + share * (above.imbalance - found.imbalance),
-            )
+        # Perfectly even loads all step to the next tile of rows at once, which no straight line follows.
+        low, high = (max(1, round(mean)),) * 2 if self.pool.balanced and mean <= EXACT else grid(mean)
+        found, slope, imbalance, rise = self._line((kind, mixture, draw), low, high)
+        share = mean - low if high > low else 0.0
+        seconds = found + share * slope
         if most > mean and self.network is not None:
             low, high = grid(most)
-            even = self._sent(low) if high == low else _between(self._sent(low), self._sent(high), low, high, most)
-            seconds = found.seconds.copy()
-            seconds[DISPATCH] = np.maximum(seconds[DISPATCH], even[0])
-            seconds[COMBINE] = np.maximum(seconds[COMBINE], even[1])
-            found = Timing(seconds, found.imbalance)
-        return found
+            even = self._sent(low)
+            if high > low:
+                even = even + (most - low) / (high - low) * (self._sent(high) - even)
+            np.maximum(seconds[DISPATCH], even[0], out=seconds[DISPATCH])
+            np.maximum(seconds[COMBINE], even[1], out=seconds[COMBINE])
+        return Timing(seconds, imbalance + share * rise)
+
+    def _line(self, draw: tuple[Kind, int, int], low: int, high: int) -> tuple[F64, F64, float, float]:
+        """Return the times at ``low`` and what each token more adds on the way to ``high``; imbalance likewise."""
+        key = (*draw, low)
+        if key not in self._lines:
+            left, right = self._timing(*draw, low), self._timing(*draw, high)
+            step = max(1, high - low)
+            self._lines[key] = (
+                left.seconds,
+                (right.seconds - left.seconds) / step,
+                left.imbalance,
+                (right.imbalance - left.imbalance) / step,
+            )
+        return self._lines[key]
 
     def _timing(self, kind: Kind, mixture: int, draw: int, tokens_per_rank: int) -> Timing:
         key = kind, mixture, draw, tokens_per_rank
@@ -142,7 +160,6 @@ class RoutedTimes:
     def timed(self, ids: I16 | Sequence[list[I16]]) -> Timing:
         """Return the times of a batch with experts ``ids`` [L][source] [n, k] of the ranks alive."""
         slots, seconds = self.group.slots, np.zeros((3, len(self.layers)))
-        imbalance = np.empty(len(self.layers))
         ranks, nodes = [], []
         loads = np.zeros((len(self.layers), slots.ep_size, slots.slots_per_rank))
         for layer in self.layers:
@@ -161,8 +178,11 @@ class RoutedTimes:
         """Return tokens sent [P, P] and per node [P, N] (in the sense of ``mode``), and [P, slots per rank] received."""
         slots, experts = self.group.slots, self.pool.n_routed_experts
         demand = np.zeros((slots.ep_size, experts), dtype=np.int64)
-        for source, chosen in zip(self.sources.tolist(), ids, strict=True):
-            demand[source] = np.bincount(chosen.ravel().astype(np.int64) + 1, minlength=experts + 1)[1:]
+        sizes = [chosen.size for chosen in ids]
+        place = np.repeat(np.arange(len(sizes)) * (experts + 1) + 1, sizes)
+        place += np.concatenate([chosen.ravel() for chosen in ids])
+        counted = np.bincount(place, minlength=len(sizes) * (experts + 1))
+        demand[self.sources] = counted.reshape(len(sizes), experts + 1)[:, 1:]
         quota = self._quotas(demand, physical_to_logical_map)
         pairs = quota.reshape(slots.ep_size, slots.ep_size, slots.slots_per_rank).sum(axis=-1)
         received = quota.sum(axis=0).reshape(slots.ep_size, slots.slots_per_rank)
@@ -173,21 +193,16 @@ class RoutedTimes:
         slot_rank = slots.slot_rank
         slot_node = (slot_rank // slots.ranks_per_node).astype(np.int32)
         for source, chosen in zip(self.sources.tolist(), ids, strict=True):
-            some = chosen[:LOOKED_AT]
+            some = chosen[spread(len(chosen), len(chosen) if self.pool.balanced else LOOKED_AT)]
             shown = np.bincount(some.ravel().astype(np.int64) + 1, minlength=experts + 1)[1:]
-            part = quota[source] if len(some) == len(chosen) else self._part(quota[source], demand[source], shown, physical_to_logical_map)
+            part = quota[source]
+            if len(some) < len(chosen):
+                part = _some(part, demand[source], shown, physical_to_logical_map)
             taken = assign(some, part, physical_to_logical_map)
             scale = len(chosen) / max(1, len(some))
             ranks[source] = self.kernels.group_tokens(taken, slot_rank, slots.ep_size) * scale
             nodes[source] = self.kernels.group_tokens(taken, slot_node, slots.n_nodes) * scale
         return ranks, nodes, received.astype(np.float64)
-
-    def _part(self, quota: I64, demand: I64, shown: I64, physical_to_logical_map: I32) -> I64:
-        """Return the quotas [S] of some of a source's tokens: what they ask of each expert in the shares of all."""
-        expert = np.maximum(physical_to_logical_map, 0)
-        share = quota / np.maximum(demand[expert], 1)
-        exact = np.where(physical_to_logical_map >= 0, share * shown[expert], 0.0)
-        return np.ceil(exact - 1e-9).astype(np.int64)
 
     def _quotas(self, demand: I64, physical_to_logical_map: I32) -> I64:
         held = np.bincount(physical_to_logical_map[physical_to_logical_map >= 0], minlength=demand.shape[1])
@@ -269,16 +284,20 @@ def grid(tokens: float) -> tuple[int, int]:
     return low, 2 * power if low != power else max(power * 3 // 2, power + 1)
 
 
-def _between(low: F64, high: F64, a: int, b: int, at: float) -> F64:
-    return low + (at - a) / (b - a) * (high - low)
-
-
-def _mixtures(n_topics: int) -> F64:
-    """[n, topics]: the even mixture, and the ways from it to each topic alone, in quarters."""
-    even = np.full(n_topics, 1.0 / n_topics)
-    if n_topics == 1:
-        return even[None]
-    found = [even]
+def _mixtures(usual: F64) -> F64:
+    """[n, topics]: the usual mixture, and the ways from it to each topic alone, in quarters."""
+    if len(usual) == 1:
+        return usual[None]
+    found = [usual]
     for step in (0.25, 0.5, 0.75, 1.0):
-        found += [(1 - step) * even + step * one for one in np.eye(n_topics)]
+        found += [(1 - step) * usual + step * one for one in np.eye(len(usual))]
     return np.array(found)
+
+
+def _some(quota: I64, demand: I64, shown: I64, physical_to_logical_map: I32) -> I64:
+    """Return the quotas [S] of those tokens of a source that ask for ``shown`` [E] of its ``demand`` [E]: in the shares of
+    all, rounded up."""
+    expert = np.maximum(physical_to_logical_map, 0)
+    exact = quota * shown[expert] / np.maximum(demand[expert], 1)
+    rounded: I64 = np.where(physical_to_logical_map >= 0, np.ceil(exact - 1e-9), 0).astype(np.int64)
+    return rounded

@@ -12,14 +12,13 @@ import numpy as np
 
 from sim.cost import ComputeCost
 from sim.cost.attention import Phase, attention_shape
-from sim.cost.collectives import Fabric, all_reduce_s
 from sim.cost.elementwise import gate_s, norm_s, swiglu_s
 from sim.hardware import Device, Dtype
 from sim.model import Model
-from sim.tokens import F64, I64
+from sim.tokens import F64, I64, Bool
 
-_STEP = 1.25
-"""Ratio of neighbouring contexts in the table of decode attention, whose law is all but linear between them."""
+_CONTEXT = 512
+"""Positions between neighbouring contexts in the table of decode attention, whose law is all but linear between them."""
 
 
 class Lookup:
@@ -28,15 +27,16 @@ class Lookup:
     def __init__(self, law: Callable[[F64], F64]) -> None:
         self._law, self._values = law, np.zeros(1)
 
-    def __call__(self, count: I64) -> F64:
-        """Return the law at ``count`` [...]; 0 at 0."""
-        top = int(count.max(initial=0))
-        if top >= len(self._values):
-            known = len(self._values)
-            more = np.arange(known, max(64, 2 * known, top + 1), dtype=np.float64)
+    def upto(self, most: int) -> F64:
+        """Return the law at 0, 1, ... at least to ``most``; 0 at 0."""
+        known = len(self._values)
+        if most >= known:
+            more = np.arange(known, max(64, 2 * known, most + 1), dtype=np.float64)
             self._values = np.concatenate([self._values, self._law(more)])
-        found: F64 = self._values[count]
-        return found
+        return self._values
+
+    def at(self, count: int) -> float:
+        return float(self.upto(count)[count])
 
 
 class TrunkTimes:
@@ -60,10 +60,12 @@ class TrunkTimes:
         self.prefill_shape = attention_shape(model, "prefill", tp_size)
         self.mla = model.kv_lora_rank is not None
         self.heads = max(1, model.num_attention_heads // tp_size)
-        self.before, self.after = Lookup(self._before), Lookup(self._after)
+        self.before, self.shared = Lookup(self._before), Lookup(self._shared)
+        self.dense, self.head = Lookup(self._dense), Lookup(self._head)
         self.absorbed, self.expanded = Lookup(self._absorbed), Lookup(self._expanded)
-        self.shared, self.dense, self.head = Lookup(self._shared), Lookup(self._dense), Lookup(self._head)
-        self._decode: F64 = np.zeros((0, 0, 0))
+        self.layer = Lookup(lambda n: self._before(n) + self._after(n) + self._shared(n))
+        """All of a layer that depends on its tokens alone."""
+        self._decode: dict[tuple[Phase, int], F64] = {}
 
     def product(self, tokens: F64, in_features: float, out_features: float, dtype: Dtype | None = None) -> F64:
         """Seconds of one dense product, the quantisation of its input included."""
@@ -150,7 +152,8 @@ class TrunkTimes:
         )
 
     def _shared(self, n: F64) -> F64:
-        model = self.model
+        """Shared experts, whose tokens are split over the tensor-parallel ranks."""
+        model, n = self.model, np.ceil(n / self.tp)
         seconds = np.zeros_like(n)
         if model.n_shared_experts:
             width = model.shared_expert_intermediate_size or model.moe_intermediate_size or 0
@@ -171,40 +174,42 @@ class TrunkTimes:
         seconds = norm_s(self.cost, self.device, tokens=n, hidden_size=h, kernels=1)
         return seconds + self.product(n, h, words, "bf16") + self.moved(n, words / 2)
 
-    def decode_core(self, requests: I64, queries: I64, kv_tokens: F64) -> F64:
-        """Attention of ``requests`` [D] with ``queries`` query tokens and contexts of ``kv_tokens`` in all, taken to be
-        of equal length; 0 where there are none."""
-        seconds = np.zeros(requests.shape)
-        busy = np.flatnonzero(requests)
-        if len(busy):
-            many = requests[busy]
-            place = np.log(np.maximum(kv_tokens[busy] / many, 1.0)) / np.log(_STEP)
-            low = place.astype(np.int64)
-            width = -(-queries[busy] // many)
-            known = self._decode_table(int(width.max()), int(many.max()), int(low.max()) + 1)
-            wanted = (width, many, low), (width, many, low + 1)
-            left, right = (self._decode_at(known, at) for at in wanted)
-            share = (_STEP ** (place - low) - 1.0) / (_STEP - 1.0)
-            seconds[busy] = left + share * (right - left)
+    def decode_core(self, requests: I64, queries_each: int, kv_tokens: I64, prompts: Bool) -> F64:
+        """Attention [D] of ``requests`` with ``queries_each`` query tokens and contexts of ``kv_tokens`` in all, taken to be
+        of equal length; 0 where there are none. prompts: [D] ranks that have prompts beside them."""
+        if not prompts.any():
+            return self._decodes("decode", requests, queries_each, kv_tokens)
+        beside = self._decodes("mixed", requests * prompts, queries_each, kv_tokens * prompts)
+        return beside + self._decodes("decode", requests * ~prompts, queries_each, kv_tokens * ~prompts)
+
+    def _decodes(self, phase: Phase, requests: I64, queries_each: int, kv_tokens: I64) -> F64:
+        place = kv_tokens / (np.maximum(requests, 1) * _CONTEXT)
+        low = place.astype(np.int64)
+        known = self._decode_table(phase, queries_each, int(requests.max()), int(low.max()) + 1)
+        at = requests * known.shape[1] + low
+        left, right = known.take(at), known.take(at + 1)
+        seconds: F64 = left + (place - low) * (right - left)
+        if np.isnan(seconds).any():
+            self._fill(known, phase, queries_each, np.union1d(at, at + 1))
+            return self._decodes(phase, requests, queries_each, kv_tokens)
         return seconds
 
-    def _decode_table(self, width: int, requests: int, power: int) -> F64:
-        """[queries each, requests, power of _STEP], NaN where not known yet; large enough for the arguments."""
-        shape = tuple(max(a, b + 1) for a, b in zip(self._decode.shape, (width, requests, power), strict=True))
-        if shape != self._decode.shape:
-            larger = np.full(shape, np.nan)
-            larger[tuple(slice(size) for size in self._decode.shape)] = self._decode
-            self._decode = larger
-        return self._decode
+    def _decode_table(self, phase: Phase, queries_each: int, requests: int, contexts: int) -> F64:
+        """[requests, contexts in steps of _CONTEXT], NaN where not known yet; large enough for the arguments."""
+        known = self._decode.get((phase, queries_each), np.zeros((1, 1)))
+        if requests >= known.shape[0] or contexts >= known.shape[1]:
+            larger = np.full((max(known.shape[0], requests + 1), max(known.shape[1], contexts + 1)), np.nan)
+            larger[: known.shape[0], : known.shape[1]] = known
+            larger[0] = 0.0
+            self._decode[phase, queries_each] = known = larger
+        return known
 
-    def _decode_at(self, known: F64, at: tuple[I64, I64, I64]) -> F64:
-        found: F64 = known[at]
-        if np.isnan(found).any():
-            for width, requests, power in np.unique(np.stack(at, axis=1)[np.isnan(found)], axis=0).tolist():
-                new = np.full(requests, float(width))
-                known[width, requests, power] = self._attention("decode", new, np.full(requests, _STEP**power))
-            found = known[at]
-        return found
+    def _fill(self, known: F64, phase: Phase, queries_each: int, places: I64) -> None:
+        for place in places.tolist():
+            requests, context = divmod(place, known.shape[1])
+            if np.isnan(known[requests, context]):
+                new, held = np.full(requests, float(queries_each)), np.full(requests, max(1.0, context * _CONTEXT))
+                known[requests, context] = self._attention(phase, new, held)
 
     def _attention(self, phase: Phase, query_tokens: F64, kv_tokens: F64) -> F64:
         """Attention of requests [..., r], mean over the layers with a window and those without."""
@@ -213,7 +218,7 @@ class TrunkTimes:
         def law(window: int | None) -> F64:
             return self.cost.attention_s(
                 self.device,
-                shape=self.decode_shape if phase == "decode" else self.prefill_shape,
+                shape=self.prefill_shape if phase == "prefill" else self.decode_shape,
                 phase=phase,
                 query_tokens=query_tokens,
                 kv_tokens=kv_tokens,
@@ -231,19 +236,11 @@ class TrunkTimes:
         all; MLA's keys and values of their whole contexts are expanded first."""
         seconds = np.zeros(requests.shape)
         busy = np.flatnonzero(tokens)
-        if len(busy):
-            many = np.maximum(requests[busy], 1)
-            new = tokens[busy] / many
-            context = np.maximum(pairs[busy] / tokens[busy] + (new - 1) / 2, new)
-            there = np.arange(int(many.max())) < many[:, None]
-            core = self._attention(
-                "prefill", np.where(there, new[:, None], 0.0), np.where(there, context[:, None], 0.0)
-            )
-            seconds[busy] = core + self.expanded(np.rint(context * many).astype(np.int64))
+        many = np.maximum(requests[busy], 1)
+        new = tokens[busy] / many
+        context = np.maximum(pairs[busy] / tokens[busy] + (new - 1) / 2, new)
+        there = np.arange(int(many.max())) < many[:, None]
+        core = self._attention("prefill", np.where(there, new[:, None], 0.0), np.where(there, context[:, None], 0.0))
+        positions = np.rint(context * many).astype(np.int64)
+        seconds[busy] = core + self.expanded.upto(int(positions.max()))[positions]
         return seconds
-
-
-def tensor_parallel_s(cluster: Fabric, model: Model, tokens: float, tp_size: int) -> float:
-    """Seconds of one all-reduce of ``tokens`` hidden states (bf16) over ``tp_size`` ranks of a node."""
-    return float(all_reduce_s(cluster, tp_size, tokens * model.hidden_size * 2.0, tp_size))
-

@@ -49,7 +49,7 @@ class Program:
     """Operations in program order, n in all.
 
     after: [n, 2] operations that must have ended, -1 for none. value: [n] where an operation's duration stands among the
-    durations of both halves: `EVEN`, then `ROUTED` by sampled layer. parts: [3, values], how often each of these counts
+    durations of all halves: `EVEN`, then `ROUTED` by sampled layer. parts: [3, values], how often each of these counts
     for attention, experts and other.
     """
 
@@ -92,7 +92,11 @@ def program(
     if halves == 2 and staged:
         parts = [(number, part) for number, both in enumerate(phases) for part in both]
         for leading, following in zip_longest(parts, [None, *parts]):
-            here = [[Step(half, part[0], phase) for phase in part[1]] for half, part in ((0, leading), (1, following)) if part]
+            here = [
+                [Step(half, part[0], phase) for phase in part[1]]
+                for half, part in ((0, leading), (1, following))
+                if part
+            ]
             order += _staged(*here)
     else:
         for number, (attention, ffn) in enumerate(phases):
@@ -132,7 +136,7 @@ def _numbered(order: list[Step], layers: tuple[Layer, ...], sampled: int) -> Pro
     n_moe = layers[: layers.index("head")].count("moe") if "head" in layers else layers.count("moe")
     width = len(EVEN) + len(ROUTED) * sampled
     after, value = np.full((len(order), 2), -1, dtype=np.int64), np.zeros(len(order), dtype=np.int64)
-    parts: I64 = np.zeros((3, 2 * width), dtype=np.int64)
+    parts: I64 = np.zeros((3, (max(step.half for step in order) + 1) * width), dtype=np.int64)
     for i, step in enumerate(order):
         for place, before in enumerate(_before(step, index)):
             after[i, place] = before

@@ -1,4 +1,4 @@
-"""Numba version of `sim.replicas.assign_plain`, with the same slots. Import loads Numba."""
+"""Numba versions of the loops of `sim.replicas`, with the same results. Import loads Numba."""
 
 from __future__ import annotations
 
@@ -54,3 +54,18 @@ def level(tokens, load, rank, start, experts, sweeps):  # type: ignore[no-untype
                 at = rank[bins[i]]
                 tokens[bins[i]] = water + (i < more) - load[at]
                 load[at] = water + (i < more)
+
+
+@njit(cache=True, nogil=True)
+def eliminate(rows):  # type: ignore[no-untyped-def]
+    """As `sim.replicas.interior.eliminate_plain`."""
+    n = len(rows)
+    for j in range(n - 1):
+        for i in range(j + 1, n):
+            factor = rows[i, j] / rows[j, j]
+            for c in range(j, n + 1):
+                rows[i, c] -= factor * rows[j, c]
+    for j in range(n - 1, -1, -1):
+        rows[j, n] /= rows[j, j]
+        for i in range(j):
+            rows[i, n] -= rows[i, j] * rows[j, n]

@@ -85,6 +85,8 @@ def balanced_packing(weight: F32 | F64, num_packs: int) -> I64:
     load = np.zeros((rows, num_packs), dtype=weight.dtype)
     packs, first = load.reshape(-1), np.arange(rows) * num_packs
     free = np.arange(rows * num_packs) * room  # the next place of each pack, of all rows together
+    closing = np.zeros(rows * n + 1, dtype=weight.dtype)
+    closing[room::room] = np.inf  # where a pack ends: nothing is lighter than a full one
     packed = np.empty(rows * n, dtype=np.int64)
     for item, its_weight in zip(order, heaviest, strict=True):
         pack = load.argmin(axis=1)
@@ -93,9 +95,7 @@ def balanced_packing(weight: F32 | F64, num_packs: int) -> I64:
         packed[place] = item
         place += 1
         free[pack] = place
-        grown = packs[pack] + its_weight
-        grown[place % room == 0] = np.inf  # full
-        packs[pack] = grown
+        packs[pack] += its_weight + closing[place]
     return packed.reshape(rows, n)
 
 

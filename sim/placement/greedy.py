@@ -15,9 +15,10 @@ from sim.tokens import F64, I32, I64, Bool
 class Greedy(Placement):
     """Replicas where load per replica is largest; heaviest first, each on the lightest rank with room and without it.
 
-    Unlike `eplb` it knows no nodes and no expert groups, gives an expert at most one replica per rank and puts no two of
-    them on one rank: a second copy in the same memory takes a slot and relieves nobody. Where only ranks that hold the
-    expert have room, it trades places with a slot of another rank; only if no trade helps, a rank holds two.
+    Unlike `eplb` it knows no nodes and no expert groups, gives an expert at most one replica per rank (while slots are no
+    more than experts times ranks) and puts no two of them on one rank: a second copy in the same memory takes a slot and
+    relieves nobody. Where only ranks that hold the expert have room, it trades places with a slot of another rank; only
+    if no trade helps, a rank holds two.
 
     A hot and a cold expert in four slots, by EPLB and by this rule:
 
@@ -34,34 +35,36 @@ class Greedy(Placement):
 
     def place(self, slots: Slots, observed: Observed, rng: np.random.Generator) -> I32:
         load = seen_load(observed)
-        crowded = slots.n_slots > slots.n_routed_experts * slots.ep_size
-        most = slots.n_slots if crowded else slots.ep_size
+        most = slots.ep_size * -(-slots.n_slots // (slots.n_routed_experts * slots.ep_size))
         expert, _, count = replicate_experts(load, slots.n_slots, most)
         share = np.take_along_axis(load / count, expert, axis=-1)
-        placed = _lightest_first(expert, share, slots)
+        placed = lightest_first(expert, share, slots.ep_size, slots.n_routed_experts)
         for layer in np.flatnonzero(_twice(placed, slots).any(axis=(-1, -2))):
             _separate(placed[layer], load[layer], slots)
         return placed.reshape(len(load), -1)
 
 
-def _lightest_first(expert: I64, share: F64, slots: Slots) -> I32:
-    """Return [L, P, slots_per_rank] int32: replicas of ``expert`` [L, S] with loads ``share`` [L, S] on ranks."""
-    layers = np.arange(len(expert))
+def lightest_first(expert: I64, share: F64, n_ranks: int, n_routed_experts: int) -> I32:
+    """Return [X, n_ranks, n / n_ranks] int32: replicas of ``expert`` [X, n] with loads ``share`` [X, n] on ranks.
+
+    Heaviest first, each to the lightest rank with room that does not hold the expert, else to the lightest with room.
+    """
+    rows, room = np.arange(len(expert)), expert.shape[1] // n_ranks
     order = np.argsort(-share, axis=-1, kind="stable")
-    load = np.zeros((len(expert), slots.ep_size))
-    filled = np.zeros((len(expert), slots.ep_size), dtype=np.int64)
-    holds = np.zeros((len(expert), slots.n_routed_experts, slots.ep_size), dtype=bool)
-    placed = np.empty((len(expert), slots.ep_size, slots.slots_per_rank), dtype=np.int32)
+    load = np.zeros((len(expert), n_ranks))
+    filled = np.zeros((len(expert), n_ranks), dtype=np.int64)
+    holds = np.zeros((len(expert), n_routed_experts, n_ranks), dtype=bool)
+    placed = np.empty((len(expert), n_ranks, room), dtype=np.int32)
     for item in order.T:
-        what = expert[layers, item]
-        roomy = np.where(filled < slots.slots_per_rank, load, np.inf)
-        apart = np.where(holds[layers, what], np.inf, roomy)
+        what = expert[rows, item]
+        roomy = np.where(filled < room, load, np.inf)
+        apart = np.where(holds[rows, what], np.inf, roomy)
         stuck = np.isinf(apart).all(axis=-1, keepdims=True)
         rank = np.where(stuck, roomy, apart).argmin(axis=-1)
-        placed[layers, rank, filled[layers, rank]] = what
-        filled[layers, rank] += 1
-        load[layers, rank] += share[layers, item]
-        holds[layers, what, rank] = True
+        placed[rows, rank, filled[rows, rank]] = what
+        filled[rows, rank] += 1
+        load[rows, rank] += share[rows, item]
+        holds[rows, what, rank] = True
     return placed
 
 

@@ -6,7 +6,6 @@ move a few and measured 4.4 ms instead of 22-35 ms of moving on Ascend A2.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -58,87 +57,83 @@ class Incremental(Placement):
     def _layer(self, before: I32, load: F64) -> I32:
         """Return [S] the improved map of one layer, from ``before`` [P, slots_per_rank] and ``load`` [E]."""
         placed, had, left = before.copy(), _held(before, len(load)) > 0, self.max_moves
+        slots, room = placed.reshape(-1), placed.shape[1]
         while True:
             state = _State(placed, load, had)
-            steps = _join([_swaps(state), _copies(state)])
-            worth = np.where(steps.cost <= left, steps.gain / np.maximum(steps.cost, 1), 0.0)
-            best = int(worth.argmax())
-            if worth[best] <= _NOTHING * state.total.max():
-                return placed.reshape(-1)
-            left -= int(steps.cost[best])
-            placed.reshape(-1)[steps.slot[best]] = steps.expert[best]
+            (swap, swap_cost), (copy, copy_cost, receives) = _swaps(state), _copies(state)
+            swap_worth, copy_worth = _worth(swap, swap_cost, left), _worth(copy, copy_cost, left)
+            most = max(swap_worth.max(initial=0.0), copy_worth.max(initial=0.0))
+            if most <= _NOTHING * state.total[state.hot]:
+                return slots
+            if swap_worth.max(initial=0.0) == most:
+                row, other = np.unravel_index(swap_worth.argmax(), swap.shape)
+                mine = state.hot * room + row
+                slots[mine], slots[other] = slots[other], slots[mine]
+                left -= int(swap_cost[row, other])
+            else:
+                # Many copies relieve the hottest rank alike: the one whose rank ends lightest.
+                row, expert = np.unravel_index(np.where(copy_worth == most, receives, np.inf).argmin(), copy.shape)
+                slots[state.spare[row]] = expert
+                left -= int(copy_cost[row, expert])
 
 
 class _State:
-    """One layer: experts ``placed`` [P, slots_per_rank], their ``load`` [E], which rank ``had`` which before [P, E]."""
+    """One layer: experts ``placed`` [P, slots_per_rank], their ``load`` [E], which rank ``had`` which before [P, E].
+
+    new: [P, E] 1 where an expert on a rank is a moved slot. held: [P, E] its slots there. share: [E] load per replica.
+    total: [P] loads, ``hot`` the rank of the largest. spare: [T] slots whose expert has others.
+    """
 
     def __init__(self, placed: I32, load: F64, had: Bool) -> None:
-        self.placed, self.load, self.new = placed, load, (~had).astype(np.int64)
+        self.expert, self.load, self.new = placed.reshape(-1).astype(np.int64), load, (~had).astype(np.int64)
+        self.rank = np.arange(placed.size) // placed.shape[1]
         self.held = _held(placed, len(load))
         self.count = self.held.sum(axis=0)
-        self.share = (load / self.count)[placed]
-        self.total = self.share.sum(axis=-1)
+        self.share = load / self.count
+        self.total = self.share[placed].sum(axis=-1)
         self.hot = int(self.total.argmax())
-
-
-@dataclass(frozen=True)
-class _Steps:
-    """Candidates: gain [n], cost in moved slots [n], and the ``expert`` [n, 2] that two slots [n, 2] hold afterwards."""
-
-    gain: F64
-    cost: I64
-    slot: I64
-    expert: I64
-
-
-def _join(parts: list[_Steps]) -> _Steps:
-    return _Steps(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(_Steps)))
+        self.spare = np.flatnonzero(self.count[self.expert] > 1)
 
 
 def _held(placed: I32, n_routed_experts: int) -> I64:
-    """Return [P, E]: slots of each rank that hold each expert."""
     return replica_counts(placed, n_routed_experts)
 
 
-def _swaps(state: _State) -> _Steps:
-    """Return all swaps of a slot of the hottest rank with a slot of another rank that make no second copy on a rank."""
-    ranks, room = state.placed.shape
-    mine, other = (
-        g.ravel() for g in np.meshgrid(np.arange(room) + state.hot * room, np.arange(ranks * room), indexing="ij")
-    )
-    expert, share = state.placed.reshape(-1).astype(np.int64), state.share.reshape(-1)
-    e, f, rank = expert[mine], expert[other], other // room
-    apart = (state.held[rank, e] == 0) & (state.held[state.hot, f] == 0)
-    mine, other, e, f, rank = mine[apart], other[apart], e[apart], f[apart], rank[apart]
-    moved = share[mine] - share[other]
-    after = np.maximum(state.total[state.hot] - moved, state.total[rank] + moved)
-    cost = state.new[rank, e] + state.new[state.hot, f] - state.new[state.hot, e] - state.new[rank, f]
-    return _Steps(state.total[state.hot] - after, cost, np.stack([mine, other], 1), np.stack([f, e], 1))
+def _worth(gain: F64, cost: I64, left: int) -> F64:
+    """Return the gain per moved slot, 0 where too many would move; steps that move back or within a rank cost one."""
+    return np.where(cost <= left, gain / np.maximum(cost, 1), 0.0)
 
 
-def _copies(state: _State) -> _Steps:
-    """Return all ways to overwrite a spare replica that touch the hottest rank and make no second copy on a rank.
+def _swaps(s: _State) -> tuple[F64, I64]:
+    """Return gain and cost [slots_per_rank, S] of swapping a slot of the hottest rank with any slot.
 
-    Either an expert of the hottest rank gets one more replica, or a slot of that rank is overwritten.
+    No gain where a rank would hold an expert twice.
     """
-    experts, room = len(state.load), state.placed.shape[1]
-    spare = np.flatnonzero(state.count[state.placed.reshape(-1)] > 1)
-    pair = np.zeros((len(spare), experts), dtype=bool)
-    pair[:, state.placed[state.hot]] = True
-    pair[spare // room == state.hot] = True
-    pair &= state.held[spare // room] == 0
-    row, e = np.nonzero(pair)
-    slot = spare[row]
-    rank, f = slot // room, state.placed.reshape(-1)[slot].astype(np.int64)
-    # What each replica of f takes over from the one that goes, and each of e hands to the one that comes.
-    fewer, more = state.load[f] / np.maximum(state.count[f] - 1, 1), state.load[e] / (state.count[e] + 1)
-    f_held, e_held = state.held.T[f], state.held.T[e]
-    total = state.total + f_held * (fewer - state.load[f] / state.count[f])[:, None]
-    total -= e_held * (state.load[e] / state.count[e] - more)[:, None]
-    at = np.arange(len(slot))
-    total[at, rank] += more - fewer
-    touched = (f_held > 0) | (e_held > 0)
-    touched[at, rank] = True
-    after = np.where(touched, total, 0.0).max(axis=-1)
-    cost = state.new[rank, e] - state.new[rank, f]
-    return _Steps(state.total[state.hot] - after, cost, np.stack([slot, slot], 1), np.stack([e, e], 1))
+    e, f, rank = s.expert[s.rank == s.hot][:, None], s.expert, s.rank
+    moved = s.share[e] - s.share[f]
+    gain = np.minimum(moved, s.total[s.hot] - (s.total[rank] + moved))
+    gain[(s.held[rank, e] > 0) | (s.held[s.hot, f] > 0)] = 0.0
+    return gain, s.new[rank, e] + s.new[s.hot, f] - s.new[s.hot, e] - s.new[rank, f]
+
+
+def _copies(s: _State) -> tuple[F64, I64, F64]:
+    """Return gain, cost and the load of the slot's rank afterwards [T, E] of writing an expert over a spare slot.
+
+    No gain where neither the expert nor the slot is on the hottest rank, or a rank would hold an expert twice.
+    """
+    rank, f = s.rank[s.spare], s.expert[s.spare]
+    at, here = np.arange(len(f)), rank == s.hot
+    # Each other replica of f takes over a part of the one that goes: [T, P] loads of ranks that hold one.
+    grows = s.load[f] / (s.count[f] - 1) - s.share[f]
+    risen = np.where(s.held.T[f] > 0, s.total + s.held.T[f] * grows[:, None], 0.0)
+    on_hot = s.total[s.hot] + s.held[s.hot, f] * grows
+    risen[at, rank] = risen[:, s.hot] = 0.0
+    more = s.load / (s.count + 1)
+    own = (s.total[rank] - s.share[f] + (s.held[rank, f] - 1) * grows)[:, None] + more
+    relieved = on_hot[:, None] - s.held[s.hot] * (s.share - more)
+    after = np.maximum(
+        risen.max(axis=-1, initial=0.0)[:, None], np.where(here[:, None], own, np.maximum(own, relieved))
+    )
+    gain = s.total[s.hot] - after
+    gain[(s.held[rank] > 0) | ~(here[:, None] | (s.held[s.hot] > 0))] = 0.0
+    return gain, s.new[rank] - s.new[rank, f][:, None], own

@@ -103,6 +103,11 @@ class RequestSource(Plugin):
         duration gives the same requests and more. Raises ValueError, one line, for a trace that cannot serve.
         """
 
+    @property
+    def caveats(self) -> tuple[str, ...]:
+        """Sentences that a report must print beside results made with these requests."""
+        return ()
+
     def fingerprint(self) -> str:
         """Return the SHA-256 of the recorded data behind the requests, or nothing: part of a run's identity."""
         return ""

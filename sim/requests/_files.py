@@ -52,8 +52,8 @@ def digest(path: str) -> str:
 
 def header(path: str, data: bytes) -> list[str]:
     """Return the names in the first line of a csv file."""
-    first = data.removeprefix(b"\xef\xbb\xbf").split(b"\n", 1)[0]
-    return [name.strip() for name in first[:10_000].decode("utf-8", "replace").split(",")]
+    first = data[:10_000].removeprefix(b"\xef\xbb\xbf").split(b"\n", 1)[0]
+    return [name.strip() for name in first.decode("utf-8", "replace").split(",")]
 
 
 def table(path: str, data: bytes, columns: Mapping[str, Column]) -> dict[str, npt.NDArray[Any]]:

@@ -69,12 +69,12 @@ def positions(total: float, first: float, gaps: Callable[[int], F64]) -> F64:
     parts = [np.array([first])]
     last, found = first, 0
     while last < total:
+        check_count(found)
         n = min(_CHUNK, int((total - last) + 4 * (total - last) ** 0.5) + 16)
         step = gaps(n)
         step[0] += last  # the sum is one chain of additions, however it is cut
         parts.append(np.cumsum(step))
         last, found = float(parts[-1][-1]), found + n
-        check_count(found / 2)
     joined = np.concatenate(parts)
     return joined[: np.searchsorted(joined, total)]
 

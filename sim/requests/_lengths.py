@@ -9,7 +9,9 @@ from abc import abstractmethod
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, GetJsonSchemaHandler, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 from scipy.special import ndtri
 
 from sim.kernels.elementary import exp, log
@@ -121,10 +123,15 @@ class Quantiles(Lengths):
         return np.rint(exp(np.interp(probability, places, log(tokens)))).astype(np.int64)
 
 
-def _from_number(value: Any) -> Any:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    return {"kind": "fixed", "tokens": value} if whole else value
+class _NumberOrLaw(Choice):
+    def _validate(self, value: Any) -> Plugin:
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return super()._validate({"kind": "fixed", "tokens": value} if whole else value)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        laws = super().__get_pydantic_json_schema__(schema, handler)
+        return {"anyOf": [{"type": "integer", "minimum": 1}, *laws["anyOf"]]}
 
 
-TokenCount = Annotated[Lengths, Choice(Lengths), BeforeValidator(_from_number)]
+TokenCount = Annotated[Lengths, _NumberOrLaw(Lengths)]
 """Field type: a `Lengths`, or a bare whole number."""

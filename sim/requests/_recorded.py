@@ -54,6 +54,10 @@ class Recorded(RequestSource):
         """Return ascending ``seconds`` moved to within the precision of the file."""
         return seconds
 
+    @property
+    def caveats(self) -> tuple[str, ...]:
+        return ("requests are one recorded trace: intervals over replicas do not cover other days",)
+
     def fingerprint(self) -> str:
         return digest(self.path)
 

@@ -18,7 +18,7 @@ from sim.tokens import F64
 
 
 class Azure(Recorded):
-    """Conversations arrive almost as Poisson (cv 1.1), code completions in bursts (cv 13)."""
+    """Azure's traces: conversations arrive almost as Poisson (cv 1.1), code completions in bursts with long silences."""
 
     kind: Literal["azure"] = "azure"
 

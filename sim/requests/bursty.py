@@ -14,6 +14,9 @@ from sim.tokens import F64, I32, I64
 class Bursty(Generated):
     """Bursts of exponential length with exponential calm between them.
 
+    burst_factor 20, burst_share 0.1 and burst_length_s 10 at 3.2 requests/s come near the counts of Azure's code completions
+    of 2023 over 1 to 60 s.
+
     Over times much longer than a burst, the variance of counts is 1 + 2 r s (1 - s)^2 b (f - 1)^2 / (1 - s + s f)^2 times
     their mean, with rate_per_s r, burst_share s, burst_length_s b and burst_factor f (from Fischer and Meier-Hellstern,
     Performance Evaluation 18, 1993).

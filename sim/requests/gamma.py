@@ -20,7 +20,8 @@ class Gamma(Generated):
     kind: Literal["gamma"] = "gamma"
     rate_per_s: float = Field(gt=0, le=1e6)
     cv: float = Field(ge=0.01, le=100)
-    """Standard deviation over mean of the gaps. Azure 2023: 1.1 for conversations, 13 for code."""
+    """Standard deviation over mean of the gaps: 1.1 in Azure's conversations of 2023. The 13 of its code completions are a
+    few long silences; a gamma law of that cv has nine gaps of ten below a millisecond, and ``bursty`` comes nearer."""
 
     def arrive(self, duration_s: float, rng: Draw) -> tuple[I64, I32]:
         draw, first, shape = rng("arrivals"), rng("first arrival"), self.cv**-2

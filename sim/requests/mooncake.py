@@ -21,7 +21,10 @@ BLOCK_TOKENS = 512
 
 
 class Mooncake(Recorded):
-    """Prefixes are exact: a tree of all block ids (`Requests.tree`). Outputs are in no prefix until a later input has them."""
+    """Kimi's traces with exact shared prefixes: a tree of all block ids.
+
+    Outputs are in no prefix until a later input repeats them.
+    """
 
     kind: Literal["mooncake"] = "mooncake"
     tick_s: float = Field(default=3.0, ge=0, le=60)

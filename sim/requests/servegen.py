@@ -33,7 +33,10 @@ class Windows(NamedTuple):
 
 
 class ServeGen(Generated):
-    """Lengths are the scenario's, for the file has none; arrivals are drawn anew for every seed and replica."""
+    """Clients with rates and gaps of their own in every window, drawn anew for every seed and replica.
+
+    Lengths are the scenario's, for the file has none.
+    """
 
     kind: Literal["servegen"] = "servegen"
     path: str = Field(min_length=1)

@@ -9,7 +9,10 @@ from sim.requests._recorded import Recorded, Rows
 
 
 class Table(Recorded):
-    """t_s in seconds from any origin; topic: index into the traffic's topics, from 0. Lines may be in any order."""
+    """A plain csv file of arrivals and lengths.
+
+    t_s: seconds from any origin. topic: index into the traffic's topics, from 0. Lines may be in any order.
+    """
 
     kind: Literal["table"] = "table"
 

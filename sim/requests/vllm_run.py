@@ -15,7 +15,7 @@ from sim.requests._recorded import Recorded, Rows
 
 
 class VllmRun(Recorded):
-    """Outputs have the lengths that the run produced."""
+    """The requests of a measured vLLM run, with outputs as long as the run produced."""
 
     kind: Literal["vllm_run"] = "vllm_run"
 

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 from pydantic import Field
 
 from sim.plugin import Plugin
@@ -68,6 +69,12 @@ class Traffic(Plugin):
     @abstractmethod
     def topics(self) -> tuple[str, ...]:
         """Names that ``Tokens.topic`` indexes."""
+
+    @property
+    def topic_weights(self) -> F64:
+        """[topics] share of each topic in the tokens, before anything shifts it; equal ones where none are stated."""
+        n = max(1, len(self.topics))
+        return np.full(n, 1.0 / n)
 
     @property
     def caveats(self) -> tuple[str, ...]:

@@ -117,6 +117,11 @@ class Affinity(Traffic):
         return tuple(topic.name for leaf in leaves(self.topic_tree) for topic in leaf.topics)
 
     @property
+    def topic_weights(self) -> F64:
+        phases = [(leaf.probability, np.diff(leaf.ends, prepend=0.0)) for leaf in leaves(self.topic_tree)]
+        return np.concatenate([probability * shares for probability, shares in phases])
+
+    @property
     def stationary(self) -> bool:
         return not (self.shifts or self.oscillation) and self.drift is None
 

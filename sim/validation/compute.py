@@ -21,7 +21,7 @@ from sim.cluster import Cluster
 from sim.cost import h100
 from sim.cost.calibrated import Calibrated
 from sim.cost.table import Table
-from sim.hardware import Device, PeakFlops
+from sim.hardware import Device, Kernels, PeakFlops
 from sim.tokens import F64
 from sim.validation import Figure, Inputs
 from sim.yamlfile import read
@@ -32,7 +32,9 @@ EPS = (1, 2, 8, 16, 32, 64)
 LARGE_TILES = "at 8-24 tokens per expert on average the kernel's tile is too small for the hot ones"
 WIDE = "TensorRT-LLM 1.3.0rc10, the constants are of rc20; below 16 tokens ours take half as long; ties of its draws are not recorded"
 OVERHEAD = "one token ends in 13 us, before the overhead of H100's cutlass kernels (29 us) or of the trace's (33 us)"
-FEW_SHAPES = "at EP 256 most rows have a token per expert or none; of the package's 17 shapes, not four, the error is 9 %"
+FEW_SHAPES = (
+    "at EP 256 most rows have a token per expert or none; of the package's 17 shapes, not four, the error is 9 %"
+)
 BF16 = "bf16 kernels scatter about the law on H100 too, whose rows are fitted to: 11 %; H200's own constants 12 %"
 CHOSEN = "that GPUs with fp4 take H100's bf16 constants was chosen on rows of these three GPUs"
 OTHER_KERNEL = "triton, not cutlass: a spec sheet does not tell which kernel a GPU gets"
@@ -83,7 +85,8 @@ def _recorded(data: Path, device: Callable[[str], Device]) -> Iterator[Figure]:
     if a100_table.is_file():
         yield from _a100(_rows(a100_table), device("a100"))
     if (rtx / "qwen3_30b_rtxpro6000_moe.csv").is_file():
-        yield from _active(pd.read_csv(rtx / "qwen3_30b_rtxpro6000_moe.csv"), device("rtx_pro_6000"))
+        sheet = device("rtx_pro_6000").model_copy(update={"kernels": Kernels()})
+        yield from _active(pd.read_csv(rtx / "qwen3_30b_rtxpro6000_moe.csv"), sheet)
     for name, bar in (("decode", 0.2), ("prefill", 0.1)):
         path = misc / f"infersim_grouped_gemm_{name}_h20.csv"
         if path.is_file():
@@ -194,11 +197,21 @@ def _package(root: Path, device: Callable[[str], Device]) -> Iterator[Figure]:
                 continue
             # H200 differs from H100 in its memory alone.
             bar, label = 0.08 if name == "H200" else 0.2, f"{name} {rows.dtype}"
-            reason = (BF16 if rows.dtype == "bf16" else "") if name == "H200" else (CHOSEN if rows.dtype == "fp8" else "")
+            reason = (
+                (BF16 if rows.dtype == "bf16" else "") if name == "H200" else (CHOSEN if rows.dtype == "fp8" else "")
+            )
             shapes = len(set(rows.shapes))
             yield _error(f"{label}, {shapes} shapes, by spec sheet from H100", source, rows, gpu, bar, spec=True, reason=reason)  # fmt: skip
             if rows.dtype == "fp8" and rows.uneven is not None:
-                yield _error(f"{label}, DeepSeek-V3, by spec sheet from H100", source, _shape(rows), gpu, bar, spec=True, reason=reason)
+                yield _error(
+                    f"{label}, DeepSeek-V3, by spec sheet from H100",
+                    source,
+                    _shape(rows),
+                    gpu,
+                    bar,
+                    spec=True,
+                    reason=reason,
+                )
                 yield _error(f"{label}, power laws, hottest rank, by spec sheet from H100", source, rows.uneven, gpu, 0.2, spec=True, reason=reason)  # fmt: skip
 
 
@@ -206,7 +219,9 @@ def _b200(kernels: dict[str, Rows], device: Device) -> Iterator[Figure]:
     rows = kernels["deepgemm fp8_block"]
     source = f"{PACKAGE} moe_b200_sxm_trtllm, deepgemm fp8_block"
     yield _error("B200 fp8, DeepSeek-V3", source, _shape(rows), device, 0.08, "calibration")
-    yield _error("B200 fp8, DeepSeek-V3, by spec sheet from H100", source, _shape(rows), device, 0.2, spec=True, reason=CHOSEN)
+    yield _error(
+        "B200 fp8, DeepSeek-V3, by spec sheet from H100", source, _shape(rows), device, 0.2, spec=True, reason=CHOSEN
+    )
     fp4 = kernels["moe_torch_flow_cutlass nvfp4"]
     more = f"{PACKAGE} moe_b200_sxm_trtllm, cutlass nvfp4"
     yield _error("B200 fp4, DeepSeek-V3", more, _shape(fp4), device, 0.2, "calibration")

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from sim.engine.serving.fleet import Sizes
 from sim.engine.serving.policy import Move, Repair, ServingPolicy, State
-from sim.engine.serving.world import Served, World
+from sim.engine.serving.world import Finished, World
 
-__all__ = ["Move", "Repair", "Served", "ServingPolicy", "Sizes", "State", "World"]
+__all__ = ["Finished", "Move", "Repair", "ServingPolicy", "Sizes", "State", "World"]

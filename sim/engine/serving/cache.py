@@ -6,8 +6,8 @@ from collections import OrderedDict
 
 import numpy as np
 
-from sim.engine.serving.request import Request
-from sim.tokens import I64, Bool
+from sim.engine.serving.request import Request, Span
+from sim.tokens import I64
 
 
 class _Prefix:
@@ -37,18 +37,18 @@ class Blocks:
         """Blocks that ``tokens`` fill."""
         return -(-tokens // self.block_size)
 
-    def short(self, wanted: I64) -> Bool:
-        """[D] ranks that cannot give the blocks ``wanted`` [D], even without their idle ones."""
-        found: Bool = self.used + wanted > self.capacity
-        return found
-
-    def take_all(self, wanted: I64) -> None:
-        """Take ``wanted`` [D] blocks, none of them `short`."""
+    def take_all(self, wanted: I64) -> I64:
+        """Take ``wanted`` [D] blocks on all ranks, evicting idle ones if need be; return the ranks that have no room. If
+        there are any, nothing is taken."""
+        used = self.used + wanted
+        if int(used.max()) > self.capacity:
+            return np.flatnonzero(used > self.capacity)
         if self.caching:
-            over = self.used + self.idle + wanted - self.capacity
+            over = used + self.idle - self.capacity
             for rank in np.flatnonzero(over > 0).tolist():
                 self._evict(rank, int(over[rank]))
-        self.used += wanted
+        self.used[:] = used
+        return used[:0]
 
     def take(self, rank: int, n: int) -> bool:
         """Take ``n`` blocks of ``rank``, evicting idle ones if need be; False, and nothing taken, without room."""
@@ -61,20 +61,32 @@ class Blocks:
         self.used[rank] = used
         return True
 
+    def _blocks(self, span: Span) -> int:
+        """Whole blocks of a prefix's part of a request."""
+        return span[2] // self.block_size - span[1] // self.block_size
+
     def admit(self, rank: int, request: Request) -> bool:
         """Take the blocks of the request's prompt; what is cached of it counts as computed. False without room."""
-        prefix = self._prefixes[rank].get(request.prefix) if self.caching and request.prefix >= 0 else None
-        hit = min(request.prefix_tokens // self.block_size, prefix.blocks) if prefix else 0
-        newly = max(0, hit - prefix.pinned) if prefix else 0
-        wanted = self.of(request.prompt) - hit
+        hits: list[tuple[int, _Prefix, int]] = []
+        for span in request.path if self.caching else ():
+            prefix = self._prefixes[rank].get(span[0])
+            wanted = self._blocks(span)
+            hit = 0 if prefix is None else min(wanted, prefix.blocks)
+            if prefix is not None and hit:
+                hits.append((span[0], prefix, hit))
+            if hit < wanted:
+                break
+        found = sum(hit for _, _, hit in hits)
+        newly = sum(max(0, hit - prefix.pinned) for _, prefix, hit in hits)
+        wanted = self.of(request.prompt) - found
         if int(self.used[rank]) + newly + wanted > self.capacity:
             return False
-        if prefix and hit:
+        for _, prefix, hit in hits:
             self._pin(rank, prefix, hit)
             prefix.users += 1
         self.take(rank, wanted)
-        request.own, request.shared = wanted, hit
-        request.computed = hit * self.block_size
+        request.own, request.shared = wanted, tuple(key for key, _, _ in hits)
+        request.computed = found * self.block_size
         return True
 
     def _pin(self, rank: int, prefix: _Prefix, blocks: int) -> None:
@@ -85,34 +97,44 @@ class Blocks:
             self.idle[rank] -= newly
 
     def keep(self, rank: int, request: Request) -> None:
-        """The request's prompt has been computed: let its prefix stay for later requests."""
-        whole = request.prefix_tokens // self.block_size
-        if not self.caching or request.prefix < 0 or not whole:
-            return
-        prefix = self._prefixes[rank].setdefault(request.prefix, _Prefix())
-        longer = whole - prefix.blocks
-        if longer > 0:  # the request's own copy of the rest becomes everybody's
-            request.own -= longer
-            self.used[rank] -= longer
-            self.idle[rank] += longer
-            prefix.blocks = whole
-            prefix.users += not request.shared
-            request.shared = whole
-            self._pin(rank, prefix, whole)
-        self._prefixes[rank].move_to_end(request.prefix)
+        """The request's prompt has been computed: let its prefixes stay for later requests."""
+        for span in request.path if self.caching else ():
+            whole = self._blocks(span)
+            if not whole:
+                continue
+            prefix = self._prefixes[rank].setdefault(span[0], _Prefix())
+            longer = whole - prefix.blocks
+            if longer > 0:  # the request's own copy of the rest becomes everybody's
+                request.own -= longer
+                self.used[rank] -= longer
+                self.idle[rank] += longer
+                prefix.blocks = whole
+                if span[0] not in request.shared:
+                    prefix.users += 1
+                    request.shared += (span[0],)
+                self._pin(rank, prefix, whole)
+        self._touch(rank, request)
+
+    def _touch(self, rank: int, request: Request) -> None:
+        """The request's prefixes are the ones used last, shorter ones after those that continue them."""
+        known = self._prefixes[rank]
+        for span in reversed(request.path):
+            if span[0] in known:
+                known.move_to_end(span[0])
 
     def release(self, rank: int, request: Request) -> None:
-        """Give back all blocks of ``request``; its prefix stays."""
+        """Give back all blocks of ``request``; its prefixes stay."""
         self.used[rank] -= request.own
-        if request.shared:
-            prefix = self._prefixes[rank][request.prefix]
+        for key in request.shared:
+            prefix = self._prefixes[rank][key]
             prefix.users -= 1
             if not prefix.users:
                 self.used[rank] -= prefix.pinned
                 self.idle[rank] += prefix.pinned
                 prefix.pinned = 0
-            self._prefixes[rank].move_to_end(request.prefix)
-        request.own = request.shared = request.computed = 0
+        if request.shared:
+            self._touch(rank, request)
+        request.own, request.shared, request.computed = 0, (), 0
 
     def forget(self, rank: int) -> None:
         """Drop the cached prefixes of ``rank``, which no request may use."""

@@ -25,6 +25,11 @@ class Sizes:
     latency_s: float
     devices: int
 
+    @property
+    def capacity_tokens(self) -> int:
+        """Tokens of cache of a rank."""
+        return self.capacity_blocks * self.unit.block_size
+
 
 class Fleet:
     """Arrays over all R ranks; a rank's number is its place. Groups hold views of them.

@@ -19,7 +19,7 @@ from sim.engine.serving.clock import At, Order, Sleep
 from sim.engine.serving.decodes import Decodes
 from sim.engine.serving.policy import State
 from sim.engine.serving.request import Acceptance, Request
-from sim.tokens import I32, I64, Bool
+from sim.tokens import F64, I32, I64, Bool
 
 if TYPE_CHECKING:
     from sim.engine.serving.incidents import Incident
@@ -57,12 +57,18 @@ class Group:
         self.arriving: list[deque[Request]] = [deque() for _ in range(n)]
         self.seats = np.zeros(n, dtype=np.int64)  # taken or reserved
         self.prompting = np.zeros(n, dtype=np.int64)  # waiting or partly computed
+        self.n_prompting = self.n_waiting_here = 0  # on all ranks
+        self.landed: list[tuple[int, Request]] = []  # whose cache has been handed over since the last iteration began
         self.maps: I32 | None = world.unit_maps[unit]
         self.state = State()
         self.times: IterationTimes = world.policy.times(unit, self.maps, self.state)
         self.news: deque[Incident] = deque()
         self.moving: Moving | None = None
         self.topic_tokens = np.zeros(world.n_topics, dtype=np.int64)
+        self._per_decode = 1 + self.unit.speculative_tokens
+        self._no_tokens, self._no_pairs = np.zeros(n, dtype=np.int64), np.zeros(n)
+        self._resting: Bool | None = None  # ranks whose decodes take no part in the iteration
+        self._given = self._asking = 0
         self._graphs = np.array(sorted(self.unit.cuda_graph_sizes), dtype=np.int64)
         self._chunks: list[tuple[int, Request, int]] = []
         self._last_ps = np.zeros(n, dtype=np.int64)  # of the newest tokens of each rank's decodes
@@ -79,10 +85,28 @@ class Group:
         request.place = self.first + rank
         (self.waiting[rank].appendleft if front else self.waiting[rank].append)(request)
         self.n_requests[rank] += 1
-        self.n_waiting[rank] += 1
-        self.prompting[rank] += 1
-        self.prompt_tokens[rank] += request.prompt
+        self._count_waiting(rank, 1)
+        self._count_prompting(rank, request, 1)
         self.wake()
+
+    def _count_waiting(self, rank: int, change: int) -> None:
+        self.n_waiting[rank] += change
+        self.n_waiting_here += change
+
+    def _count_prompting(self, rank: int, request: Request, sign: int) -> None:
+        self.prompting[rank] += sign
+        self.n_prompting += sign
+        self.prompt_tokens[rank] += sign * request.prompt
+
+    def empty_queue(self, rank: int) -> list[Request]:
+        """Take all waiting requests off ``rank``."""
+        found = list(self.waiting[rank])
+        self.waiting[rank].clear()
+        for request in found:
+            self.n_requests[rank] -= 1
+            self._count_waiting(rank, -1)
+            self._count_prompting(rank, request, -1)
+        return found
 
     def wake(self) -> None:
         """Look for work at this instant, unless an iteration is going on."""
@@ -98,8 +122,7 @@ class Group:
             self._leave_decodes(rank, request)
         else:
             self.partial[rank] = None
-            self.prompting[rank] -= 1
-            self.prompt_tokens[rank] -= request.prompt
+            self._count_prompting(rank, request, -1)
         self.blocks.release(rank, request)
 
     def _leave_decodes(self, rank: int, request: Request) -> None:
@@ -109,13 +132,13 @@ class Group:
         request.own += self.blocks.of(request.context + brought) - self.blocks.of(request.context)
         request.last_ps = self._late[rank].pop(request, int(self._last_ps[rank]))
 
-    def start_decoding(self, rank: int, request: Request) -> None:
+    def _start_decoding(self, rank: int, request: Request) -> None:
         """Let an admitted request, whose last token came at its ``last_ps``, decode."""
         if not self.acceptance.most:
             request.accepted = None
         elif request.accepted is None:
             request.accepted = self.acceptance.draw(request)
-        if not self.decodes.count[rank]:
+        if not self.decodes.count[rank] and not self.unit.chunked_prefill:
             self._last_ps[rank] = request.last_ps
         elif request.last_ps != self._last_ps[rank]:
             self._late[rank][request] = request.last_ps
@@ -128,7 +151,9 @@ class Group:
         env = self.world.env
         while True:
             while self.news:
+                self._land()
                 yield from self.news.popleft().happen(self)
+            self._land()
             work = self._schedule()
             if work is None:
                 self._sleep = Sleep(env)
@@ -147,37 +172,46 @@ class Group:
             if self.moving:
                 self.moving.look()
 
+    def _land(self) -> None:
+        """Let requests that were handed over meanwhile take part from the next iteration on."""
+        for rank, request in self.landed:
+            self._start_decoding(rank, request)
+        self.landed.clear()
+
     def _schedule(self) -> Work | None:
         """Fill an iteration, or return None if there is nothing to do."""
-        decodes, unit = self.decodes, self.unit
-        self._chunks, self._cached = [], 0
-        running = decodes.count > 0
-        most = unit.max_num_batched_tokens
-        per_decode = 1 + unit.speculative_tokens
-        if unit.chunked_prefill:
-            self._grow(running)
-            prompted = self._fill(most - decodes.count * per_decode)
+        decodes = self.decodes
+        self._chunks, self._cached, self._resting = [], 0, None
+        if self.unit.chunked_prefill:
+            self._grow()
+            self._fill()
         else:
-            prompted = self._fill(np.full(self.n_ranks, most))
-            running &= ~prompted
-            self._grow(running)
-        self._running = running
-        asking = np.where(running, decodes.count, 0)
-        if not self._chunks and not asking.any():
+            self._fill()
+            if self._chunks and decodes.n:  # prompts first: ranks that have any do not decode
+                self._resting = np.zeros(self.n_ranks, dtype=bool)
+                self._resting[[rank for rank, _, _ in self._chunks]] = True
+            self._grow()
+        if not decodes.n and not self._chunks:
             return None
-        tokens = asking * per_decode
-        requests, fresh, pairs, sampled, longest, topics = self._prompts(np.where(running, decodes.longest(), 0))
-        topics += decodes.topics * per_decode if running.all() or unit.chunked_prefill else self._topics(per_decode)
+        asking, context = decodes.count.copy(), decodes.context.copy()
+        longest, topics = decodes.longest(), decodes.topics * self._per_decode
+        if self._resting is not None:
+            topics = topics * int(asking[~self._resting].sum()) // max(1, decodes.n)  # counted over the group only
+            for array in (asking, context, longest):
+                array[self._resting] = 0
+        tokens = asking * self._per_decode
+        requests, fresh, pairs, sampled = self._prompts(longest, topics)
         self.topic_tokens += topics
+        self._asking = decodes.n if self._resting is None else int(asking.sum())
         return Work(
             decode_requests=asking,
             decode_tokens=self._padded(tokens),
-            decode_kv_tokens=np.where(running, decodes.context, 0),
+            decode_kv_tokens=context,
             prefill_requests=requests,
             prefill_tokens=fresh,
             prefill_pairs=pairs,
             longest=longest,
-            sampled=tokens + sampled,
+            sampled=tokens + sampled if self._chunks else tokens,
             topic_tokens=topics,
         )
 
@@ -188,23 +222,25 @@ class Group:
         larger = self._graphs[np.minimum(at, len(self._graphs) - 1)]
         return np.where((tokens > 0) & (at < len(self._graphs)), larger, tokens)
 
-    def _grow(self, running: Bool) -> None:
-        """Take the blocks that the next decode step of the ranks ``running`` [D] opens, putting back what does not fit."""
+    def _grow(self) -> None:
+        """Take the blocks that the next decode step opens, putting back requests for which there is no room."""
         decodes = self.decodes
-        if not running.any():
-            self._brought = np.zeros(self.n_ranks, dtype=np.int64)
-            return
-        while True:
-            wanted = np.where(running, decodes.new_blocks(), 0)
-            short = self.blocks.short(wanted)
-            if not short.any():
+        self._given = 0
+        while decodes.n:
+            wanted = decodes.new_blocks()
+            if self._resting is not None:
+                wanted = np.where(self._resting, 0, wanted)
+            full = self.blocks.take_all(wanted)
+            if not len(full):
                 break
-            for rank in np.flatnonzero(short).tolist():
+            for rank in full.tolist():
                 self._put_back(rank)
-            running &= decodes.count > 0
-        self.blocks.take_all(wanted)
-        self._brought = np.where(running, decodes.new_tokens(), 0)
-        decodes.context += self._brought
+        if decodes.n:
+            brought = decodes.new_tokens()
+            if self._resting is not None:
+                brought = np.where(self._resting, 0, brought)
+            self._given = int(brought.sum())
+            decodes.context += brought
 
     def _put_back(self, rank: int) -> None:
         """Preempt the request admitted last; it waits at the head of its queue."""
@@ -214,14 +250,14 @@ class Group:
         self.world.requeue(request)
         self.accept(rank, request, front=True)
 
-    def _fill(self, budget: I64) -> Bool:
-        """Take prompts on all ranks as far as ``budget`` [D] tokens go; return [D] which ranks have any."""
-        prompted = np.zeros(self.n_ranks, dtype=bool)
-        for rank in np.flatnonzero((self.prompting > 0) & (budget > 0)).tolist():
-            prompted[rank] = self._fill_rank(rank, int(budget[rank]))
-        return prompted
+    def _fill(self) -> None:
+        """Take prompts on all ranks as far as their token budgets go."""
+        most = self.unit.max_num_batched_tokens
+        for rank in np.flatnonzero(self.prompting).tolist() if self.n_prompting else ():
+            decoding = int(self.decodes.count[rank]) if self.unit.chunked_prefill else 0
+            self._fill_rank(rank, most - decoding * self._per_decode)
 
-    def _fill_rank(self, rank: int, budget: int) -> bool:
+    def _fill_rank(self, rank: int, budget: int) -> None:
         before, whole = len(self._chunks), not self.unit.chunked_prefill
         request = self.partial[rank]
         while budget > 0:
@@ -242,11 +278,10 @@ class Group:
                 self.partial[rank] = request
                 break
             request = None
-        return len(self._chunks) > before
 
     def _admit(self, rank: int, request: Request) -> None:
         self.waiting[rank].popleft()
-        self.n_waiting[rank] -= 1
+        self._count_waiting(rank, -1)
         self.seats[rank] += 1
         self.admitted[rank][request] = None
         self._cached += request.computed
@@ -254,10 +289,12 @@ class Group:
             request.cached_tokens = request.computed
         self.world.admitted(request)
 
-    def _prompts(self, longest: I64) -> tuple[I64, I64, np.ndarray, I64, I64, I64]:
-        """[D] prompts, their new tokens, (query, position) pairs, tokens sampled and longest contexts; [topics] tokens."""
+    def _prompts(self, longest: I64, topics: I64) -> tuple[I64, I64, F64, I64]:
+        """[D] prompts, their new tokens, (query, position) pairs, and tokens sampled; adds to ``longest`` and ``topics``."""
+        if not self._chunks:
+            return self._no_tokens, self._no_tokens, self._no_pairs, self._no_tokens
         requests, fresh, sampled = (np.zeros(self.n_ranks, dtype=np.int64) for _ in range(3))
-        pairs, topics = np.zeros(self.n_ranks), np.zeros(len(self.topic_tokens), dtype=np.int64)
+        pairs = np.zeros(self.n_ranks)
         for rank, request, n in self._chunks:
             requests[rank] += 1
             fresh[rank] += n
@@ -265,61 +302,57 @@ class Group:
             sampled[rank] += request.computed + n == request.prompt
             longest[rank] = max(int(longest[rank]), request.computed + n)
             topics[request.topic] += n
-        return requests, fresh, pairs, sampled, longest, topics
-
-    def _topics(self, per_decode: int) -> I64:
-        """[topics] decode tokens where only some ranks decode: in proportion, for topics are counted over the group."""
-        n, running = int(self.decodes.count.sum()), int(self.decodes.count[self._running].sum())
-        return self.decodes.topics * per_decode * running // max(1, n)
+        return requests, fresh, pairs, sampled
 
     def _finish(self, start: int, work: Work, timed: Timed) -> None:
         """The iteration is over: tokens reach users, requests end or go on."""
-        now = int(self.world.env.now)
-        running = self._running
-        asking, waiting = work.decode_requests, int(self.n_waiting.sum())
-        used, fullest = int(self.blocks.used.sum()), int(self.blocks.used.max())
-        self._count_gaps(now, asking)
-        for rank, request in self.decodes.advance(running, self._brought):
-            request.own += self.blocks.of(request.most_tokens) - self.blocks.of(request.context)
+        now, blocks, log = int(self.world.env.now), self.blocks, self.world.log
+        waiting = self.n_waiting_here
+        used, fullest = int(blocks.used.sum()), int(blocks.used.max())
+        self._count_gaps(now, work.decode_requests)
+        given, asking = self._given, self._asking
+        for rank, request in self.decodes.advance(self._resting) if self.decodes.n else ():
+            request.own += blocks.of(request.most_tokens) - blocks.of(request.context)
             self._end(rank, request)
-        given = int(self._brought.sum())
+        computed = 0
         for rank, request, n in self._chunks:
             request.computed += n
+            computed += n
             if request.computed == request.prompt:
                 given += 1
                 self._prompt_done(rank, request, now)
         for rank in range(self.n_ranks) if any(self.arriving) else ():
             self.receive(rank)
-        self.world.log.rows.append(
+        log.rows.append(
             (
-                self.number, start, now, int(asking.sum()), waiting, used, fullest, int(work.prefill_tokens.sum()),
-                self._cached, given, timed.attention_ps, timed.experts_ps, timed.communication_ps, timed.other_ps,
+                self.number, start, now, asking, waiting, used, fullest, computed, self._cached, given,
+                timed.attention_ps, timed.experts_ps, timed.communication_ps, timed.other_ps,
             )
         )  # fmt: skip
-        self.world.log.imbalance.append(timed.imbalance)
+        log.imbalance.append(timed.imbalance)
         self.iterations += 1
 
     def _count_gaps(self, now: int, asking: I64) -> None:
         """Note how long every decode waited for the tokens of this iteration."""
-        running, log = self._running, self.world.log
-        weights = asking[running]
-        if not len(weights):
-            return
-        gaps = now - self._last_ps[running]
-        for rank in np.flatnonzero(running).tolist() if any(self._late) else ():
-            for last_ps in self._late[rank].values():
-                log.single_gaps += [(now - last_ps, 1), (now - int(self._last_ps[rank]), -1)]
-            self._late[rank].clear()
-        if int(gaps.min()) == int(gaps.max()):
-            log.single_gaps.append((int(gaps[0]), int(weights.sum())))
-        else:
-            log.gaps.append(np.stack([gaps, weights]))
-        self._last_ps[running] = now
+        log, last = self.world.log, self._last_ps
+        for rank in range(self.n_ranks) if any(self._late) else ():
+            if asking[rank]:
+                for last_ps in self._late[rank].values():
+                    log.single_gaps += [(now - last_ps, 1), (now - int(last[rank]), -1)]
+                self._late[rank].clear()
+        if self.unit.chunked_prefill:  # all decodes had their last tokens together
+            if self._asking:
+                log.single_gaps.append((now - int(last[0]), self._asking))
+            last[:] = now
+        elif self._asking:
+            served = np.flatnonzero(asking)
+            log.gaps.append(np.stack([now - last[served], asking[served]]))
+            last[served] = now
 
     def _prompt_done(self, rank: int, request: Request, now: int) -> None:
-        self.partial[rank] = None
-        self.prompting[rank] -= 1
-        self.prompt_tokens[rank] -= request.prompt
+        if self.partial[rank] is request:
+            self.partial[rank] = None
+        self._count_prompting(rank, request, -1)
         self.blocks.keep(rank, request)
         request.generated += 1
         if request.last_ps >= 0:
@@ -335,7 +368,7 @@ class Group:
             self.n_requests[rank] -= 1
             self.world.hand_over(request)
         else:
-            self.start_decoding(rank, request)
+            self._start_decoding(rank, request)
 
     def _end(self, rank: int, request: Request) -> None:
         del self.admitted[rank][request]

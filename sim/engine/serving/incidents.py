@@ -52,13 +52,14 @@ class Incident:
             dead = {*state.dead} - {fault.rank} if self.over else {*state.dead, fault.rank}
             group.state = replace(state, dead=tuple(sorted(dead)))
             unit = group.unit_number
-            repair = group.world.policy.repair(unit, group.world.unit_maps[unit], group.state.dead)
+            maps = group.world.unit_maps[unit] if self.over else group.maps
+            repair = group.world.policy.repair(unit, maps, group.state.dead)
             group.maps = repair.maps
             if self.over:
                 group.alive[rank] = not any(d * group.n_ranks // group.sizes.devices == rank for d in dead)
             else:
                 retried = _kill(group, rank)
-                pause_ps = int(to_ps(fault.recovery_s)) + repair.load_ps
+                pause_ps = int(to_ps(fault.recovery_s + repair.loaded_bytes / fault.load_bytes_per_s))
         group.times = group.world.policy.times(group.unit_number, group.maps, group.state)
         if not self.over or repair is not None:
             group.world.faults.append(self._row(group, pause_ps, retried, repair))
@@ -80,7 +81,7 @@ class Incident:
             "alive_share": repair.alive_share if repair else 1.0,
             "loaded_experts": repair.loaded if repair else 0,
             "loaded_bytes": repair.loaded_bytes if repair else 0.0,
-            "load_s": repair.load_ps / PS_PER_S if repair else 0.0,
+            "load_s": repair.loaded_bytes / fault.load_bytes_per_s if repair and not self.over else 0.0,
             "retried": retried,
         }
 
@@ -100,14 +101,8 @@ def _kill(group: Group, rank: int) -> int:
     world, place = group.world, group.first + rank
     world.deaths[place] += 1
     group.alive[rank] = False
-    running, waiting, arriving = list(group.admitted[rank]), list(group.waiting[rank]), list(group.arriving[rank])
-    group.waiting[rank].clear()
+    running, waiting, arriving = list(group.admitted[rank]), group.empty_queue(rank), list(group.arriving[rank])
     group.arriving[rank].clear()
-    for request in waiting:
-        group.n_requests[rank] -= 1
-        group.n_waiting[rank] -= 1
-        group.prompting[rank] -= 1
-        group.prompt_tokens[rank] -= request.prompt
     for request in running:
         group.drop(rank, request)
         request.retries += 1

@@ -82,7 +82,7 @@ def rebalancing(world: World, unit: int) -> simpy.events.ProcessGenerator:
             yield At(world.env, max(0, due_ps - int(world.env.now)), Order.PLAN, unit)
             served.append(np.sum([group.topic_tokens for group in groups], axis=0, dtype=np.float64))
         maps = world.unit_maps[unit]
-        windows: F64 = np.diff(np.array(served, dtype=np.float64), axis=0)
+        windows: F64 = np.diff(np.array(served), axis=0).astype(np.float64, copy=False)
         row: dict[str, Any] = {"time_s": world.seconds(), "unit": groups[0].unit.name, "done": False, "reason": ""}
         row |= {"moved_slots": 0, "moved_bytes": 0.0, "transfer_s": 0.0, "added_s": 0.0, "effective_s": math.nan}
         world.rebalances.append(row)

@@ -30,14 +30,13 @@ class Move:
 
 @dataclass(frozen=True, slots=True)
 class Repair:
-    """A map without dead ranks: ``maps`` as the policy keeps them, the share of (layer, expert) that still had a live
-    copy, and the others, loaded again: copies and bytes over all layers, and the time that takes."""
+    """A map without dead ranks, the share of (layer, expert) that still had a live copy, and of the others, loaded again,
+    number and bytes over all layers."""
 
     maps: I32 | None
-    alive_share: float
-    loaded: int
-    loaded_bytes: float
-    load_ps: int
+    alive_share: float = 1.0
+    loaded: int = 0
+    loaded_bytes: float = 0.0
 
 
 class ServingPolicy(Protocol):

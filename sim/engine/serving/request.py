@@ -8,23 +8,25 @@ from sim.requests import Requests
 from sim.rng import stream
 from sim.tokens import I64
 
+Span = tuple[int, int, int]
+
 
 class Request:
     """Mutable state of one request; times in picoseconds, -1 until they happen.
 
-    number, arrival_ps, input_tokens, output_tokens, topic, prefix, prefix_tokens: as in `Requests`.
+    number, arrival_ps, input_tokens, output_tokens, topic: as in `Requests`. path: the prefixes that it begins with, as
+    (prefix, first token, end), one after the other.
     generated: tokens the user has. accepted: [n] int64 tokens that each coming iteration brings, None: one each.
     prompt: tokens whose cache has to be there before the next token, generated ones included after a recomputation.
-    computed: of these, how many are there. own, shared: cache blocks held alone, and through a cached prefix.
+    computed: of these, how many are there. own: cache blocks held alone. shared: cached prefixes that it stands on.
     since_ps: when the present stage began. queued_ps: all waiting so far. cached_tokens: hit at first admission, -1 before.
     place: index of the rank over all units. joined: token of its stay among the decodes; the rest is `Decodes`' own.
     """
 
     __slots__ = (
         "accepted", "arrival_ps", "cached_tokens", "computed", "context", "end_ps", "first_ps", "generated",
-        "input_tokens", "iterations", "joined", "joined_step", "last_ps", "number", "output_tokens", "own", "place",
-        "preemptions", "prefix", "prefix_tokens", "prompt", "queued_ps", "refused", "retries", "shared", "since_ps",
-        "topic",
+        "input_tokens", "iterations", "joined", "joined_step", "last_ps", "number", "output_tokens", "own", "path",
+        "place", "preemptions", "prompt", "queued_ps", "refused", "retries", "shared", "since_ps", "topic",
     )  # fmt: skip
 
     def __init__(
@@ -34,16 +36,15 @@ class Request:
         input_tokens: int,
         output_tokens: int,
         topic: int,
-        prefix: int,
-        prefix_tokens: int,
+        path: tuple[Span, ...] = (),
     ) -> None:
-        self.number, self.arrival_ps = number, arrival_ps
-        self.input_tokens, self.output_tokens, self.topic = input_tokens, output_tokens, topic
-        self.prefix, self.prefix_tokens = prefix, prefix_tokens
-        self.generated = self.computed = self.own = self.shared = self.queued_ps = self.retries = self.preemptions = 0
+        self.number, self.arrival_ps, self.topic, self.path = number, arrival_ps, topic, path
+        self.input_tokens, self.output_tokens = input_tokens, output_tokens
+        self.generated = self.computed = self.own = self.queued_ps = self.retries = self.preemptions = 0
         self.prompt, self.since_ps = input_tokens, arrival_ps
         self.first_ps = self.last_ps = self.end_ps = self.place = self.joined = self.cached_tokens = -1
         self.refused = False
+        self.shared: tuple[int, ...] = ()
         self.accepted: I64 | None = None
         self.context = self.joined_step = self.iterations = 0
 
@@ -55,9 +56,19 @@ class Request:
 
 def arriving(requests: Requests) -> list[Request]:
     """Return the state of all requests before they arrive."""
-    columns = (requests.arrival_ps, requests.input_tokens, requests.output_tokens, requests.topic, requests.prefix)
-    rows = zip(*(column.tolist() for column in columns), requests.prefix_tokens.tolist(), strict=True)
-    return [Request(number, *row) for number, row in enumerate(rows)]
+    columns = (requests.arrival_ps, requests.input_tokens, requests.output_tokens, requests.topic)
+    found = [
+        Request(number, *row) for number, row in enumerate(zip(*(column.tolist() for column in columns), strict=True))
+    ]
+    tree = requests.tree
+    for number in np.flatnonzero(requests.prefix >= 0).tolist():
+        prefix, tokens, begin, path = int(requests.prefix[number]), int(requests.prefix_tokens[number]), 0, []
+        for node in [prefix] if tree is None else tree.path(prefix):
+            end = tokens if tree is None else min(tokens, int(tree.tokens[node]))
+            path.append((node, begin, end))
+            begin = end
+        found[number].path = tuple(path)
+    return found
 
 
 class Acceptance:

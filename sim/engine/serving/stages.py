@@ -8,13 +8,14 @@ from sim.engine.serving.request import Request
 
 class Stage:
     """A stage of a request's way. n: requests in it. area_ps: the integral of n over time. stays_ps: what those that left
-    stayed, by their own clocks. Python integers: exact."""
+    stayed, by their own clocks. marks: the integral at moments asked for. Python integers: exact."""
 
-    __slots__ = ("_seen_ps", "area_ps", "most", "n", "name", "stays_ps")
+    __slots__ = ("_seen_ps", "area_ps", "marks", "most", "n", "name", "stays_ps")
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.n = self.most = self.area_ps = self.stays_ps = self._seen_ps = 0
+        self.marks: dict[int, int] = {}
 
     def _to(self, now_ps: int, change: int) -> None:
         self.area_ps += self.n * (now_ps - self._seen_ps)
@@ -32,6 +33,15 @@ class Stage:
         stay = now_ps - request.since_ps
         self.stays_ps += stay
         return stay
+
+    def mark(self, now_ps: int) -> None:
+        """Remember the integral until now."""
+        self.marks[now_ps] = self.area_ps + self.n * (now_ps - self._seen_ps)
+
+    def mean_between(self, begin_ps: int, until_ps: int) -> float:
+        """Return the mean number between two marks, of which those not reached are taken to be at the end."""
+        begin, until = (self.marks.get(at, self.area_ps) for at in (begin_ps, until_ps))
+        return (until - begin) / max(1, until_ps - begin_ps)
 
     def check(self) -> None:
         """Raise ConservationError unless the stage is empty and its integral is the sum of the stays."""

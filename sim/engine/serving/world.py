@@ -24,7 +24,7 @@ from sim.units import PS_PER_S, to_ps
 
 
 @dataclass(frozen=True)
-class Served:
+class Finished:
     """A finished run. requests: in the order of arrival. stages: queue, running, handover and the whole. faults,
     rebalances: rows of their tables. n_events: of SimPy."""
 
@@ -71,11 +71,12 @@ class World:
         self._left = len(self.requests)
         self._over = simpy.Event(self.env)
 
-    def run(self) -> Served:
+    def run(self) -> Finished:
         """Serve all requests. Raises ConservationError if one is lost, or a law does not hold."""
         for group in self.groups:
             self.env.process(group.run())
         self.env.process(self._arrivals())
+        self.env.process(self._marks())
         for incident in incidents(self.serving.faults):
             self.env.process(incident.wait(self))
         if self.policy.rebalance.interval_s is not None:
@@ -87,7 +88,7 @@ class World:
             except RuntimeError as error:  # SimPy: no event is left
                 raise ConservationError(f"{self._left} requests wait for ever") from error
         stages = (self.queue, self.running, self.handover, self.system)
-        served = Served(
+        served = Finished(
             self.requests,
             self.fleet,
             self.log,
@@ -125,6 +126,12 @@ class World:
             self.system.arrive(request.arrival_ps)
             self.queue.enter(request, request.arrival_ps)
             self._accept(place, request)
+
+    def _marks(self) -> simpy.events.ProcessGenerator:
+        for at_ps in sorted({int(to_ps(self.serving.warmup_s)), int(to_ps(self.serving.duration_s))}):
+            yield At(self.env, at_ps - int(self.env.now), Order.FAULT)
+            for stage in (self.queue, self.running, self.handover, self.system):
+                stage.mark(at_ps)
 
     def _can_decode(self, place: int, request: Request) -> bool:
         """Whether a decode unit could ever hold a request that a prefill unit hands over."""
@@ -250,7 +257,7 @@ class World:
         self.handover.leave(request, now)
         self.running.enter(request, now)
         group.admitted[rank][request] = None
-        group.start_decoding(rank, request)
+        group.landed.append((rank, request))
         group.wake()
 
     def seconds(self) -> float:

@@ -82,4 +82,5 @@ def balanced_ids(n_tokens: int, *, n_experts: int, k: int, n_group: int, topk_gr
     order = np.argsort(stream(0, "balanced", "experts").random((n_group, size)), axis=1, kind="stable")
     place = (first[:, None] + np.arange(each)) % size
     ids = group[:, None] * size + order[group[:, None], place]
-    return ids.reshape(n_tokens, k).astype(np.int16)
+    table: I16 = ids.reshape(n_tokens, k).astype(np.int16)
+    return table

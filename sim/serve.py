@@ -1,0 +1,77 @@
+"""Policies x replicas of a run that serves requests: every one serves the same requests, in a process of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sim.deployment import Unit
+from sim.engine.serving import Sizes, World
+from sim.engine.serving.experts import Experts
+from sim.engine.serving.tables import Tables
+from sim.estimate import Estimate
+from sim.results import Result, Table, summarise
+from sim.scenario import Scenario
+from sim.settings import Policy
+from sim.unitmemory import kv_cache_tokens
+from sim.workers import Workers
+
+
+@dataclass(frozen=True)
+class _Job:
+    scenario: Scenario
+    policy: int
+    replica: int
+
+
+def sizes_of(scenario: Scenario, policy: Policy, unit: Unit) -> Sizes:
+    """What ``unit`` comes down to under ``policy``. Caches go from unit to unit through the network cards of a rank's
+    devices, or through NVLink where it joins the whole cluster."""
+    cluster, parallel = scenario.cluster, unit.parallel
+    inside = cluster.inter_node is None or cluster.topology.domain(cluster) >= cluster.n_devices
+    link = cluster.intra_node if inside or cluster.inter_node is None else cluster.inter_node
+    latency_s = link.latency_s if inside or cluster.inter_node is None else cluster.inter_node.cross_leaf_latency_s
+    model = scenario.model_of(policy)
+    return Sizes(
+        unit=unit,
+        n_ranks=max(1, parallel.ep_size // parallel.tp_size),
+        capacity_blocks=kv_cache_tokens(scenario, policy, unit) // unit.block_size,
+        kv_bytes_per_token=model.kv_cache_bytes_per_token(unit.kv_cache_bytes_per_element),
+        port_bytes_per_s=link.rate_bytes_per_s * parallel.tp_size,
+        latency_s=latency_s,
+        devices=parallel.ep_size,
+    )
+
+
+def _run(job: _Job) -> tuple[dict[str, Table], int]:
+    """Serve one replica's requests under one policy; returns its tables and the number of events."""
+    scenario, policy = job.scenario, job.scenario.policies[job.policy]
+    serving, traffic = scenario.serving, scenario.traffic
+    assert serving is not None
+    sizes = tuple(sizes_of(scenario, policy, unit) for unit in serving.units)
+    requests = serving.requests.draw(serving.duration_s, traffic.topic_weights, scenario.seed, job.replica)
+    topics = traffic.topics
+    world = World(
+        serving, sizes, requests, Experts(scenario, policy, job.replica), len(topics), scenario.seed, job.replica
+    )
+    finished = world.run()
+    head: dict[str, Any] = {"policy": policy.name, "replica": job.replica}
+    price = scenario.cluster.device.price_per_hour
+    return Tables(finished, serving, topics, price, head).all(), finished.n_events
+
+
+def simulate(scenario: Scenario, jobs: int | None, expected: Estimate, progress: bool = False) -> Result:
+    """Serve the requests of a checked scenario; see `sim.study.run`."""
+    from sim.study import _jobs, _watched
+
+    todo = [_Job(scenario, index, r) for index in range(len(scenario.policies)) for r in range(scenario.replicas)]
+    with Workers(_jobs(jobs, len(todo), expected)) as workers:
+        done = list(_watched(workers.map(_run, todo), len(todo), "serving", progress))
+    tables: dict[str, Table] = {}
+    for found, _ in done:
+        for name, table in found.items():
+            for column, values in table.items():
+                tables.setdefault(name, {}).setdefault(column, []).extend(values)
+    for name in done[0][0]:
+        tables.setdefault(name, {})
+    return Result(scenario, tables, summarise(tables, scenario), sum(events for _, events in done))
