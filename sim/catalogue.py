@@ -12,8 +12,11 @@ from sim.gating.balance import Balance
 from sim.gating.capacity import Capacity
 from sim.gating.score import Score
 from sim.gating.select import Select
+from sim.pipeline import Pipeline
 from sim.placement import Placement
 from sim.plugin import Plugin, members
+from sim.replicas import ReplicaChoice
+from sim.requests import RequestSource
 from sim.traffic import Traffic
 
 FAMILIES: dict[str, type[Plugin]] = {
@@ -22,7 +25,10 @@ FAMILIES: dict[str, type[Plugin]] = {
     "policies[].balance": Balance,
     "policies[].capacity": Capacity,
     "policies[].placement": Placement,
+    "policies[].replicas": ReplicaChoice,
     "traffic": Traffic,
+    "serving.requests": RequestSource,
+    "schedule.pipeline": Pipeline,
     "cluster.topology": Topology,
     "cost.compute": ComputeCost,
     "cost.communication": CommunicationCost,

@@ -86,7 +86,7 @@ class Serving(Block):
     """Requests in, tokens out."""
 
     requests: Annotated[RequestSource, Choice(RequestSource)]
-    duration_s: Annotated[float, Field(gt=0, le=1e7)]
+    duration_s: Annotated[float, Field(gt=0, le=9e6)]
     """Arrivals stop here; the run ends when the last request does."""
     warmup_s: Seconds = 0.0
     """Requests that arrive before this count in no mean."""

@@ -85,8 +85,7 @@ class Hosting:
             )
         self.single = self.slots.n_slots == self.slots.n_routed_experts
         # Of an expert with several slots the first one.
-        first = np.full(self.slots.n_routed_experts, -1, dtype=np.int64)
-        first[self.map[::-1]] = np.arange(self.slots.n_slots)[::-1]
+        _, first = np.unique(self.map, return_index=True)
         self.expert_rank: I32 = self.slots.slot_rank[first]
 
     def observe(self, expert_tokens: I64, pairs: F64 | None) -> None:

@@ -23,7 +23,7 @@ from sim.scenario import Scenario
 from sim.settings import Policy
 from sim.tally import Tally
 from sim.tokens import F64, I16, I64, Tokens
-from sim.traffic import Source
+from sim.traffic import Batch, Source
 
 Kind = Literal["decode", "prefill"]
 
@@ -84,7 +84,10 @@ class Pool:
         gates = {layer: found[0].gate for layer, found in tallies.items()}
         length = min(scenario.traffic.longest_sequence or 1024, pool_tokens)
         fill = partial(_fill, scenario, source, gates, replica, pool_tokens)
-        singles, runs = fill("decode pool", min(SINGLES, length)), fill("prefill pool", length)
+        # Decoded tokens come behind the template that all prompts begin with.
+        template = min(getattr(scenario.traffic, "prefix_length", 0), length - 1)
+        singles = fill("decode pool", min(template + SINGLES, length), skipped=template)
+        runs = fill("prefill pool", length)
         return cls(layers, model.n_routed_experts, singles, runs, scenario.seed)
 
     @classmethod
@@ -172,21 +175,29 @@ def _fill(
     wanted: int,
     phase: str,
     run: int,
+    skipped: int = 0,
 ) -> Shelf:
-    """Route pieces of ``run`` tokens until every topic has ``wanted``."""
+    """Route pieces of ``run`` tokens until every topic has ``wanted``; of each, the first ``skipped`` are left out."""
     n_topics = len(scenario.traffic.topics)
     found: list[list[I16]] = [[] for _ in range(n_topics)]
     have = np.zeros(n_topics, dtype=np.int64)
-    pieces = _pieces(scenario, source, tuple(gates), replica, phase, run, PATIENCE * wanted * n_topics)
-    for step, tokens in enumerate(pieces):
-        here = np.bincount(tokens[0].topic, minlength=n_topics) > 0
-        if not (here & (have < wanted)).any():
+    pieces = _pieces(source, phase, run, PATIENCE * wanted * n_topics)
+    for step, batch in enumerate(pieces):
+        first = batch.tokens(next(iter(gates)), 0)
+        topics = first.topic[skipped:]
+        short = (np.bincount(topics, minlength=n_topics) > 0) & (have < wanted)
+        if not short.any():
             continue
-        draw = partial(stream, scenario.seed, "gate", replica, phase, step)
-        routed = zip(gates.items(), tokens, strict=True)
-        ids = np.stack([_chosen(gate, some, partial(draw, layer)) for (layer, gate), some in routed])
-        for topic in np.flatnonzero(here & (have < wanted)).tolist():
-            part = ids[:, tokens[0].topic == topic][:, : wanted - have[topic]]
+        names = (replica, phase, step)
+        lot = stream(scenario.seed, "lots", *names).random(int(first.sequences.max(initial=0)) + 1)
+        ids = np.stack(
+            [
+                _chosen(gate, batch.tokens(layer, 0), lot, partial(stream, scenario.seed, "gate", *names, layer))
+                for layer, gate in gates.items()
+            ]
+        )[:, skipped:]
+        for topic in np.flatnonzero(short).tolist():
+            part = ids[:, topics == topic][:, : wanted - have[topic]]
             found[topic].append(part)
             have[topic] += part.shape[1]
         if (have >= wanted).all():
@@ -198,14 +209,11 @@ def _fill(
     sizes = [part.shape[1] for parts in shelved for part in parts]
     ends = np.cumsum([0, *(sum(part.shape[1] for part in parts) for parts in shelved)])
     starts = np.cumsum([0, *sizes[:-1]])
-    return Shelf(np.concatenate([part for parts in shelved for part in parts], axis=1), ends, starts, run)
+    return Shelf(np.concatenate([part for parts in shelved for part in parts], axis=1), ends, starts, run - skipped)
 
 
-def _pieces(
-    scenario: Scenario, source: Source, layers: tuple[int, ...], replica: int, phase: str, run: int, most: int
-) -> Iterator[list[Tokens]]:
-    """Yield ``run`` consecutive tokens after another, in every layer; up to ``most`` tokens or the end of a trace."""
-    lots = any(policy.capacity.lots for policy in scenario.policies)
+def _pieces(source: Source, phase: str, run: int, most: int) -> Iterator[Batch]:
+    """Yield batches of ``run`` consecutive tokens on one rank; up to ``most`` tokens, or the end of a trace."""
     for step in range(-(-most // run)):
         try:
             batch = source.batch(phase, step, n_ranks=1, tokens_per_rank=run)
@@ -213,16 +221,12 @@ def _pieces(
             if step == 0:
                 raise
             return  # the trace has ended
-        tokens = [batch.tokens(layer, 0) for layer in layers]
-        if lots:
-            draw = stream(scenario.seed, "lots", replica, phase, step, 0)
-            lot = draw.random(int(tokens[0].sequences.max(initial=0)) + 1)[tokens[0].sequences]
-            tokens = [replace(some, lot=lot) for some in tokens]
-        yield tokens
+        yield batch
 
 
-def _chosen(gate: Gate, tokens: Tokens, rng: partial[np.random.Generator]) -> I16:
-    """Return [n, k] experts of the tokens, as serving chooses them: without the noise of training."""
+def _chosen(gate: Gate, tokens: Tokens, lot: F64, rng: partial[np.random.Generator]) -> I16:
+    """Return [n, k] experts of the tokens, as serving chooses them: without the noise of training. lot: by sequence."""
+    tokens = replace(tokens, lot=lot[tokens.sequences])
     if tokens.logits is None:
         return gate.keep_recorded(tokens, rng).kept
     router = gate.router(tokens.logits, tokens.topic, rng, training=False)

@@ -36,6 +36,8 @@ def run_id(scenario: Scenario) -> str:
     data = resolved_data(scenario)
     if trace := scenario.traffic.fingerprint():
         data["traffic"] = data["traffic"] | {"path": trace}
+    if scenario.serving is not None and (trace := scenario.serving.requests.fingerprint()):
+        data["serving"]["requests"] |= {"path": trace}
     text = json.dumps(data, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -52,12 +54,14 @@ def write(result: Result, out: str | os.PathLike[str], wall_s: float | None = No
                 _write_parquet(work / f"{name}.parquet", table)
         _write_csv(work / "summary.csv", result.summary_rows)
         (work / "scenario.yaml").write_text(dump(resolved_data(result.scenario)), encoding="utf-8")
+        serving = result.scenario.serving
         manifest = {
             "scenario": resolved_data(result.scenario),
             "seed": result.scenario.seed,
             "engine": result.scenario.schedule.engine,
             "resolution": result.scenario.steps.resolution,
             "trace_sha256": result.scenario.traffic.fingerprint() or None,
+            "requests_sha256": None if serving is None else serving.requests.fingerprint() or None,
             "events": result.n_events,
             "versions": _versions(),
             "sha256": {path.name: _sha256(path) for path in sorted(work.iterdir())},

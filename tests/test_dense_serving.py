@@ -24,7 +24,9 @@ from sim.cost.attention import attention_shape
 from sim.cost.calibrated import Calibrated
 from sim.cost.elementwise import norm_s, swiglu_s
 from sim.hardware import Device
+from sim.loading import load
 from sim.model import Model
+from sim.study import run
 from sim.tokens import F64, I64
 from sim.validation import serving_dense
 from sim.yamlfile import read
@@ -312,7 +314,41 @@ def test_a_plain_loop_predicts_the_run_from_kernels_alone(measured: Run) -> None
     assert abs(error["tpot"]) < 0.05 and abs(error["ttft"]) < 0.25, error
 
 
+def test_the_engine_predicts_the_run(measured: Run, folder: Path) -> None:
+    """The bars of the project, without any host overhead and with the one set on the first hundred requests; and the
+    engine, which knows contexts only as sums, follows the plain loop."""
+    plain = replayed(measured, Step(LLAMA, DEVICE), 0.0)
+    bare = serving_dense.replayed(SCENARIOS, folder / serving_dense.REQUESTS, host_overhead_s=0.0)
+    np.testing.assert_allclose(bare.tpot_ms.mean(), plain.tpot_ms.mean(), rtol=0.01)
+    np.testing.assert_allclose(np.median(bare.ttft_s), np.median(plain.ttft_s), rtol=0.02)
+    np.testing.assert_allclose(bare.tpot_ms, plain.tpot_ms, rtol=0.08)
+    ours, seen = serving_dense.replayed(SCENARIOS, folder / serving_dense.REQUESTS), measured
+    for found in (bare, ours):
+        assert found.tpot_ms.mean() == pytest.approx(seen.tpot_ms.mean(), rel=0.05)
+        assert np.median(found.ttft_s) == pytest.approx(np.median(seen.ttft_s), rel=0.25)
+    rest = slice(serving_dense.CALIBRATED, None)
+    assert ours.tpot_ms[rest].mean() == pytest.approx(seen.tpot_ms[rest].mean(), rel=0.02)
+    assert ours.tpot_ms[:100].mean() == pytest.approx(seen.tpot_ms[:100].mean(), rel=0.01)
+
+
 def test_the_run_needs_mixed_batches(measured: Run) -> None:
     """Decodes beside prompts at the price of decodes alone would make the run 4 % faster, and worse predicted."""
     whole, apart = (missed(replayed(measured, Step(LLAMA, DEVICE, mixed), 0.0), measured) for mixed in (True, False))
     assert apart["tpot"] < whole["tpot"] - 0.03 and abs(apart["ttft"]) > abs(whole["ttft"])
+
+
+# Qwen3-30B-A3B on two devices ----------------------------------------------------------------------------------------
+
+
+def test_two_devices_serve_qwen() -> None:
+    """What was predicted before any run of this model was seen: 43 ms per token, half of it experts. Per layer the wire
+    carries the tokens of the other rank twice; of two ranks the one with more counts, which has at most all of them."""
+    found = run(load(SCENARIOS / "qwen3_30b_ep2.yaml"))
+    service = {name: values[0] for name, values in found.tables["service"].items()}
+    assert service["tpot_mean_s"] == pytest.approx(42.9e-3, rel=0.05)
+    assert service["ttft_p50_s"] == pytest.approx(0.09, rel=0.25)
+    assert 0.4 < service["experts_s"] / service["iteration_s"] < 0.6
+    law, layers = AllGather(), 48
+    tokens = (service["prompt_tokens_per_s_per_gpu"] + service["output_tokens_per_s_per_gpu"]) * service["iteration_s"]
+    start, wire = 2 * layers * (law.start_s + law.step_s), 2 * layers * tokens * 4096 / 25.7e9
+    assert start + wire < service["communication_s"] < start + 2 * wire

@@ -280,7 +280,7 @@ def test_uneven_ranks_take_as_long_as_their_batch_itself(scenario: Scenario, poo
     ours = routed.at("decode", 0, 0, tokens.mean(), tokens.max()).seconds.mean(axis=1)
     np.testing.assert_allclose(ours, direct, rtol=0.06)
     even = routed.at("decode", 0, 0, tokens.mean(), tokens.mean()).seconds.mean(axis=1)
-    assert even[DISPATCH] < 0.9 * direct[DISPATCH] and even[COMBINE] < 0.9 * direct[COMBINE]
+    assert even[DISPATCH] < 0.95 * direct[DISPATCH] and even[COMBINE] < 0.95 * direct[COMBINE]
 
 
 def test_decode_attention_between_its_contexts_is_the_law(scenario: Scenario, pool: Pool) -> None:
@@ -295,41 +295,43 @@ def test_decode_attention_between_its_contexts_is_the_law(scenario: Scenario, po
 
 def _ranks_plan(served: Served, work: Work, number: int) -> int:
     """The makespan of the same program with every rank's own durations and every pair's own transfer."""
-    way = served.whole
-    routed, trunk = way.routed, way.trunk
+    way = served.overlapping if served.unit.micro_batches == 2 else served.whole
+    routed, trunk, ops = way.routed, way.trunk, []
     assert routed is not None and routed.network is not None
-    tokens = work.decode_tokens
+    tokens, context = -(-work.decode_tokens // way.halves), -(-work.decode_kv_tokens // way.halves)
     most = int(tokens.max())
-    big = routed.pool.batch("decode", routed.mixtures[routed.mixture(work.topic_tokens)], number, 8, most)
-    core = (
-        trunk.decode_core(work.decode_requests, 1, work.decode_kv_tokens, np.zeros(8, bool))
-        + trunk.absorbed.upto(most)[tokens]
-    )
+    core = trunk.decode_core(tokens, 1, context, np.zeros(8, bool)) + trunk.absorbed.upto(most)[tokens]
     before, shared = trunk.before.upto(most)[tokens], trunk.shared.upto(most)[tokens]
     rest = trunk.layer.upto(most)[tokens] - before - shared
     ranks = {
         "before": before, "core": core + rest, "shared": shared, "dense": trunk.dense.upto(most)[tokens],
-        "head": trunk.head.upto(most)[work.sampled],
+        "head": trunk.head.upto(most)[tokens],
     }  # fmt: skip
-    law, cost, model = served.scenario.cost.communication, served.scenario.cost, served.model
-    counted = [
-        routed._counted([big[layer][r][: tokens[r]] for r in range(8)], routed.group.maps[layer]) for layer in range(2)
-    ]
-    ops = []
+    law, cost, counted = served.scenario.cost.communication, served.scenario.cost, {}
+    for half in range(way.halves):
+        draw = (number + half) % served.draws
+        big = routed.pool.batch("decode", routed.mixtures[routed.mixture(work.topic_tokens)], draw, 8, most)
+        for layer in range(2):
+            ids = [big[layer][r][: tokens[r]] for r in range(8)]
+            counted[half, layer] = routed._counted(ids, routed.group.maps[layer])
     for i, step in enumerate(way.program.steps):
-        layer = int((way.program.value[i] - len(EVEN)) % 2) if step.phase not in EVEN else 0
+        width = way.program.parts.shape[1] // way.halves
+        layer = 0 if step.phase in EVEN else int((way.program.value[i] % width - len(EVEN)) % 2)
         stream, duration, transfer = "compute", np.zeros(8), None
-        sent, nodes, loads = counted[layer]
+        sent, nodes, loads = counted[step.half, layer]
         if step.phase in ("dispatch", "combine"):
             stream = "communication"
-            dtype = cost.dispatch_dtype if step.phase == "dispatch" else cost.combine_dtype
             seconds, reaches = law.pair_times_s(
                 routed.network,
                 rank_tokens=sent,
                 node_tokens=nodes,
-                bytes_per_token=token_bytes(model.dispatch_hidden_size, dtype),
+                bytes_per_token=token_bytes(
+                    served.model.dispatch_hidden_size,
+                    cost.dispatch_dtype if step.phase == "dispatch" else cost.combine_dtype,
+                ),
                 mode=served.mode,
                 direction=step.phase,  # type: ignore[arg-type]
+                slowdown=law.overlap_slowdown(step.phase, served.mode) if way.halves == 2 else 1.0,  # type: ignore[arg-type]
             )
             if step.phase == "combine":
                 seconds, reaches = seconds.T, reaches.T
@@ -343,7 +345,9 @@ def _ranks_plan(served: Served, work: Work, number: int) -> int:
     return maxplus.simulate(Plan(8, tuple(ops))).makespan_ps
 
 
-@pytest.mark.parametrize("unit", [UNITS[0], UNITS[2]], ids=["low_latency", "normal"])
+@pytest.mark.parametrize(
+    "unit", [*UNITS[:3], _unit(role="prefill", micro_batches=2)], ids=lambda u: f"{u.role}-{u.micro_batches}"
+)
 def test_one_device_stands_for_all_ranks(scenario: Scenario, pool: Pool, unit: Unit) -> None:
     """Against a plan of eight ranks, each with its own tokens, contexts and peers."""
     served = _served(scenario, pool, unit)
@@ -351,7 +355,7 @@ def test_one_device_stands_for_all_ranks(scenario: Scenario, pool: Pool, unit: U
     for number in range(4):
         work = _work(rng.integers(100, 140, 8), 3000)
         whole, ours = _ranks_plan(served, work, number), served.time(work, number).duration_ps
-        assert 0.98 < ours / whole < 1.05
+        assert 0.99 < ours / whole < 1.03
 
 
 def test_slow_and_dead_ranks(scenario: Scenario, pool: Pool) -> None:
@@ -452,3 +456,31 @@ def test_slowed_ports_leave_other_links_alone(scenario: Scenario) -> None:
     ]
     assert changed and all("gpu:5" in name for name in changed)
     assert EXPERTS == 1
+
+
+def test_a_recorded_trace_fills_a_pool_as_far_as_it_goes(tmp_path: Path) -> None:
+    ids = np.stack([balanced_ids(700, n_experts=32, k=4, n_group=1, topk_group=1)] * 3)
+    np.savez(tmp_path / "trace.npz", topk_ids=ids)
+    recorded = load(
+        SCENARIOS / "tiny.yaml",
+        [
+            "schedule={phase: forward}",
+            "steps={count: 1}",
+            f"traffic={{kind: replay, path: {tmp_path / 'trace.npz'}, tokens_per_rank: 8}}",
+            "policies=[{name: recorded, select: recorded}]",
+        ],
+        allow_outside=True,
+    )
+    pool = Pool.of(recorded, recorded.policies[0], 0, sampled_layers=2, pool_tokens=512)
+    assert pool.n_topics == 1 and pool.decode.first.tolist() == [0, 512]
+    np.testing.assert_array_equal(pool.decode.ids[0], ids[0, :512])
+    small = Pool.of(recorded, recorded.policies[0], 0, sampled_layers=2, pool_tokens=4096)
+    assert small.decode.first.tolist() == [0, 640]  # ten pieces of 64
+
+
+def test_decode_skips_the_template_of_all_prompts() -> None:
+    """With 100 common tokens at the start of every sequence, few of the tokens decoded are alike."""
+    given_ = _scenario("traffic.prefix_length=100", "traffic.sequence_length=128", "steps.warmup={}")
+    pool = Pool.of(given_, given_.policies[0], 0, sampled_layers=1, pool_tokens=256)
+    kinds = [len(np.unique(shelf.ids[0, : shelf.first[1]], axis=0)) for shelf in (pool.decode, pool.prefill)]
+    assert kinds[0] > 2 * kinds[1]

@@ -21,9 +21,10 @@ import sim.traffic
 from sim.catalogue import FAMILIES, listing, schema
 from sim.gating.select import Candidates, Select
 from sim.loading import load
-from sim.placement import Placement
+from sim.placement import Observed, Placement
 from sim.plugin import Choice, Plugin, make, members
 from sim.run import main
+from sim.slots import Slots
 from sim.study import run
 from sim.tokens import I16
 from sim.yamlfile import ScenarioError
@@ -53,7 +54,8 @@ PLACEMENT = '''
 """Experts in reverse."""
 from typing import Literal
 import numpy as np
-from sim.placement import Placement
+from sim.placement import Observed, Placement
+from sim.slots import Slots
 from sim.tokens import I32
 
 class Reversed(Placement):
@@ -61,8 +63,8 @@ class Reversed(Placement):
 
     kind: Literal["reversed"] = "reversed"
 
-    def place(self, n_routed_experts: int, ep_size: int, rng: np.random.Generator) -> I32:
-        return np.arange(n_routed_experts, dtype=np.int32)[::-1].copy()
+    def place(self, slots: Slots, observed: Observed, rng: np.random.Generator) -> I32:
+        return np.arange(slots.n_routed_experts, dtype=np.int32)[None, ::-1].copy()
 '''
 TRAFFIC = '''
 """Every token wants the first experts most."""
@@ -267,8 +269,8 @@ def test_abstract_and_nameless_classes_do_not_join() -> None:
     class Nameless(Half):
         kind: str = "nameless"  # type: ignore[assignment]
 
-        def place(self, n_routed_experts: int, ep_size: int, rng: np.random.Generator) -> Any:
-            return np.arange(n_routed_experts)
+        def place(self, slots: Slots, observed: Observed, rng: np.random.Generator) -> Any:
+            return np.arange(slots.n_routed_experts)
 
     assert not {"half", "nameless"} & set(members(Placement))
     with pytest.raises(TypeError, match="abstract"):

@@ -99,9 +99,10 @@ def cut(
 ) -> Batches:
     """Cut a trace into batches.
 
-    Prefill batches take tokens as they come, sequence after sequence. Decode batches mix the sequences of their window,
-    one permutation of its tokens each: what changes from window to window stays. shuffle: put whole sequences into random
-    order first, so that windows differ by chance only.
+    Prefill batches take tokens as they come, sequence after sequence. A decode batch takes the next token of as many
+    requests as it has tokens: each window is cut into that many equal runs, dealt to the ranks in turn, so that what
+    changes from window to window stays. shuffle: put whole sequences into random order first, so that windows differ by
+    chance only.
     """
     chosen = trace.part(
         layers=spread_layers(len(trace.layers), layers),
@@ -113,9 +114,7 @@ def cut(
     per_window = n_batches // windows if windows else 0
     ids = chosen.topk_ids
     if phase == "decode" and windows:
-        ids = ids.copy()
-        for window in range(windows):
-            span = slice(window * per_window * size, (window + 1) * per_window * size)
-            mixed = stream(seed, "advice", "mix", window).permutation(per_window * size)
-            ids[:, span] = ids[:, span][:, mixed]
+        used = ids[:, : windows * per_window * size]
+        runs = used.reshape(len(used), windows, tokens_per_rank, ep_size, per_window, -1)
+        ids = runs.transpose(0, 1, 4, 3, 2, 5).reshape(used.shape)
     return Batches(ids, chosen.n_routed_experts, ep_size, tokens_per_rank, windows, per_window)

@@ -16,7 +16,7 @@ from sim.traces import RecordedTrace, read
 
 BUDGET = 12_000_000
 """Tokens x layers of a scenario that are routed: about half a minute on one core."""
-_BATCHES = 17 * WINDOWS
+_BATCHES = 40 * WINDOWS
 
 
 class Inputs(NamedTuple):

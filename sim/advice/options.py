@@ -27,7 +27,7 @@ class Option:
 
     name: str
     placement: Placement
-    replicas: ReplicaChoice = Static()
+    replicas: ReplicaChoice
 
     @property
     def redundant(self) -> int:
@@ -43,12 +43,12 @@ class Option:
 
     @property
     def policy(self) -> dict[str, object]:
-        """The lines of a scenario's policy that run it."""
-        replicas = {"replicas": self.replicas.kind} if self.redundant else {}
-        return {"placement": {"kind": self.placement.kind, "num_redundant_experts": self.redundant}} | replicas
+        """The keys of a scenario's policy that run it."""
+        placement = {"kind": self.placement.kind, "num_redundant_experts": self.redundant}
+        return {"placement": placement, "replicas": self.replicas.kind}
 
 
-BASELINE = Option("no balancer", Linear())
+BASELINE = Option("no balancer", Linear(), Static())
 """Consecutive experts on consecutive ranks, which is what engines do by default."""
 
 
@@ -58,7 +58,7 @@ def options(redundant: Sequence[int]) -> list[Option]:
     for count in redundant:
         plan = Eplb(num_redundant_experts=count)
         if not count:
-            found.append(Option("eplb, rearranged only", plan))
+            found.append(Option("eplb, rearranged only", plan, Static()))
             continue
         found += [
             Option(f"eplb + {count}", plan, RoundRobin()),

@@ -47,6 +47,11 @@ def problems(scenario: Scenario) -> Iterator[Rule]:
             yield ("serving", "faults", j, "until_s"), f"must be > at_s = {fault.at_s:g}"
     if serving.warmup_s >= serving.duration_s:
         yield ("serving", "warmup_s"), f"must be < duration_s = {serving.duration_s:g}"
+    if "path" in type(serving.requests).model_fields:  # recorded requests are read once, so that a bad file is refused
+        try:
+            serving.requests.draw(serving.duration_s, scenario.traffic.topic_weights, scenario.seed, 0)
+        except (ValueError, OSError) as error:
+            yield ("serving", "requests"), str(error)
     for i, policy in enumerate(scenario.policies):
         if policy.rebalance.interval_steps is not None:
             yield ("policies", i, "rebalance", "interval_steps"), "is for runs of steps; set interval_s"

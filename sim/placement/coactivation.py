@@ -45,10 +45,9 @@ class Coactivation(Placement):
     load_tolerance: Annotated[float, Field(ge=0, le=10)] = 0.1
 
     def place(self, slots: Slots, observed: Observed, rng: np.random.Generator) -> I32:
-        if observed.coactivation is None:
-            raise ValueError("placement coactivation needs observed.coactivation")
         load, experts = seen_load(observed), slots.n_routed_experts
-        pairs = np.where(np.eye(experts, dtype=bool), 0.0, observed.coactivation)
+        seen = np.zeros((1, experts, experts)) if observed.coactivation is None else observed.coactivation
+        pairs = np.where(np.eye(experts, dtype=bool), 0.0, np.broadcast_to(seen, (len(load), experts, experts)))
         spare = ((0, 0), (0, slots.num_redundant_experts))
         node = _cut(np.pad(pairs, (*spare, spare[1])), np.pad(load, spare), slots.n_nodes, self.load_tolerance)
         held, count = _fill(node, pairs, load, slots)

@@ -65,13 +65,14 @@ def made(
 ) -> RecordedTrace:
     """Return choices of a plain top-k under Student-t popularities. random_text: tokens of a sequence share nothing."""
     popularity = skew * np.clip(stream(0, "validation", "popularity").standard_t(TAIL, (layers, n_experts)), -30, 30)
-    memory = {"sequence_variance": 0.0, "slow_variance": 0.0, "fast_variance": 0.9, "fast_correlation": 0.0}
-    source = Affinity(
-        popularity=tuple(map(tuple, popularity.tolist())),
-        sequence_length=sequence_length,
-        layer_profile=None,
-        **(memory if random_text else {}),
-    ).start(TrafficShape(layers, n_experts, k, 1), 0, 0)
+    traffic = Affinity(
+        popularity=tuple(map(tuple, popularity.tolist())), sequence_length=sequence_length, layer_profile=None
+    )
+    if random_text:
+        traffic = traffic.model_copy(
+            update={"sequence_variance": 0.0, "slow_variance": 0.0, "fast_variance": 0.9, "fast_correlation": 0.0}
+        )
+    source = traffic.start(TrafficShape(layers, n_experts, k, 1), 0, 0)
     return _routed(source.batch("train", 0, n_ranks=1, tokens_per_rank=n_tokens), n_experts, k, layers)
 
 

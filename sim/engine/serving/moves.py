@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -74,7 +75,7 @@ def rebalancing(world: World, unit: int) -> simpy.events.ProcessGenerator:
     groups = [group for group in world.groups if group.unit_number == unit]
     pieces = max(1, math.ceil(rule.interval_s / (rule.window_s or rule.interval_s)))
     piece_ps = int(to_ps(rule.interval_s / pieces))
-    served = [np.zeros(world.n_topics)]  # so far, at the end of every piece
+    served: list[F64] = [np.zeros(world.n_topics)]  # so far, at the end of every piece
     due_ps = 0
     while True:
         for _ in range(pieces):
@@ -82,7 +83,7 @@ def rebalancing(world: World, unit: int) -> simpy.events.ProcessGenerator:
             yield At(world.env, max(0, due_ps - int(world.env.now)), Order.PLAN, unit)
             served.append(np.sum([group.topic_tokens for group in groups], axis=0, dtype=np.float64))
         maps = world.unit_maps[unit]
-        windows: F64 = np.diff(np.array(served), axis=0).astype(np.float64, copy=False)
+        windows = np.array([late - early for early, late in pairwise(served)])
         row: dict[str, Any] = {"time_s": world.seconds(), "unit": groups[0].unit.name, "done": False, "reason": ""}
         row |= {"moved_slots": 0, "moved_bytes": 0.0, "transfer_s": 0.0, "added_s": 0.0, "effective_s": math.nan}
         world.rebalances.append(row)
