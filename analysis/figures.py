@@ -13,7 +13,6 @@ import json
 import math
 import os
 import sys
-import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,18 +20,29 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 import sim
+from analysis.style import (
+    FLOOR,
+    MARKERS,
+    STYLE,
+    WIDTH_IN,
+    asked_policies,
+    by_policy,
+    canvas,
+    colours,
+    finished,
+    need,
+    policy_names,
+    row_in,
+    wrapped,
+)
 from sim.estimate import TooBig
 from sim.results import Result, half_width, summarise
 
-STYLE: Any = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": False, "font.size": 9}
-WIDTH_IN = 7.0
-FLOOR = "0.45"
 PARTS = {
     "attention_s": "attention",
     "experts_s": "experts",
@@ -48,63 +58,8 @@ PIPELINE_PARTS = {
     "bubble_s": "bubble",
     "optimizer_s": "optimizer",
 }
-MARKERS = "osD^vPX<>*"
 # Up to this many steps, intervals are bars beside each other; above, bands.
 FEW_STEPS = 12
-
-
-def _policies(result: Result) -> list[str]:
-    return [policy.name for policy in result.scenario.policies]
-
-
-def _wrapped(name: str, width: int) -> str:
-    """Break a name into as few lines of ``width`` as it needs, of about equal length."""
-    lines = textwrap.wrap(name, width, break_on_hyphens=False)
-    for narrower in range(math.ceil(len(name) / len(lines)), width):
-        balanced = textwrap.wrap(name, narrower, break_on_hyphens=False)
-        if len(balanced) == len(lines):
-            return "\n".join(balanced)
-    return "\n".join(lines)
-
-
-def _row_in(labels: Sequence[str]) -> float:
-    """Return the height of a row [inches] that the longest label fits."""
-    return 0.16 + 0.16 * max(label.count("\n") + 1 for label in labels)
-
-
-def _metric(result: Result, metric: str) -> pd.DataFrame:
-    """Return mean and half-width of ``metric`` by policy, in the scenario's order; KeyError names an unknown metric."""
-    summary = result.summary()
-    rows = summary[summary.metric == metric]
-    if rows.empty:
-        raise KeyError(f"no metric {metric!r}; there are {', '.join(sorted(set(summary.metric)))}")
-    return rows.set_index("policy").loc[_policies(result)]
-
-
-def _need(table: pd.DataFrame, name: str, columns: Sequence[str]) -> None:
-    missing = [column for column in columns if column not in table]
-    if missing:
-        raise KeyError(f"table {name!r} has no column {missing[0]!r}; it has {', '.join(table.columns) or 'none'}")
-
-
-def _colours(n: int) -> list[tuple[float, float, float]]:
-    return list(sns.color_palette("colorblind", n))
-
-
-def _canvas(ax: Axes | None, height_in: float) -> tuple[Figure, Axes]:
-    if ax is None:
-        return plt.subplots(figsize=(WIDTH_IN, height_in), layout="constrained")
-    figure = ax.get_figure(root=True)
-    if figure is None:
-        raise ValueError("ax belongs to no figure")
-    return figure, ax
-
-
-def _finished(figure: Figure, ax: Axes | None = None) -> Figure:
-    """Take our figure out of pyplot's hands: a notebook shows it once, as its cell's value, and nothing piles up."""
-    if ax is None:
-        plt.close(figure)
-    return figure
 
 
 def tradeoff(result: Result) -> Figure:
@@ -119,22 +74,22 @@ def tradeoff(result: Result) -> Figure:
         ("inter_node_bytes", "between nodes\n[GB per step]", 1e-9, "← better"),
         ("step_time_s", "step time\n[ms]", 1e3, "← better"),
     ]
-    names = _policies(result)
-    labels = [_wrapped(name, 24) for name in names]
+    names = policy_names(result)
+    labels = [wrapped(name, 24) for name in names]
     rows = np.arange(len(names))[::-1]
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             1,
             len(panels),
-            figsize=(WIDTH_IN, 1.05 + _row_in(labels) * len(names)),
+            figsize=(WIDTH_IN, 1.05 + row_in(labels) * len(names)),
             sharey=True,
             squeeze=False,
             layout="constrained",
         )
         for axis, (metric, label, scale, better) in zip(axes[0], panels, strict=True):
-            data = _metric(result, metric)
+            data = by_policy(result, metric)
             mean, half = data["mean"].to_numpy(float) * scale, data["half_width"].to_numpy(float) * scale
-            for row, x, error, colour in zip(rows, mean, half, _colours(len(names)), strict=True):
+            for row, x, error, colour in zip(rows, mean, half, colours(len(names)), strict=True):
                 if np.isfinite(x):
                     axis.errorbar(
                         x,
@@ -147,7 +102,7 @@ def tradeoff(result: Result) -> Figure:
                         zorder=3,
                     )
             if metric == "max_vio_batch":
-                floor = _metric(result, "max_vio_batch_floor")["mean"].to_numpy(float)
+                floor = by_policy(result, "max_vio_batch_floor")["mean"].to_numpy(float)
                 axis.plot(floor, rows, "|", color=FLOOR, markersize=13, markeredgewidth=1.5, zorder=2)
                 label += "\n(grey tick: floor)"
             if not np.isfinite(mean).any():
@@ -163,7 +118,7 @@ def tradeoff(result: Result) -> Figure:
             if np.isfinite(mean).any():
                 axis.xaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
         axes[0, 0].set_yticks(rows, labels)
-    return _finished(figure)
+    return finished(figure)
 
 
 def load_heatmap(
@@ -175,13 +130,13 @@ def load_heatmap(
     the mean; the rarest 1 % may lie beyond the scale's ends. Raises KeyError for an unknown policy or replica, and
     ValueError if no policy has routed experts.
     """
-    asked = _asked(result, policies)
+    asked = asked_policies(result, policies)
     if not 0 <= replica < result.scenario.replicas:
         raise KeyError(f"no replica {replica}; there are {result.scenario.replicas}")
     experts = result.experts
     if experts.empty:
         raise ValueError("no policy of this result has routed experts")
-    _need(experts, "experts", ("policy", "replica", "layer", "expert", "tokens"))
+    need(experts, "experts", ("policy", "replica", "layer", "expert", "tokens"))
     relative: dict[str, pd.DataFrame] = {}
     for name in asked:
         rows = experts[(experts.policy == name) & (experts.replica == replica)]
@@ -206,7 +161,7 @@ def topic_heatmap(
     same way in every panel, so that specialisation shows as blocks. Needs a run with ``steps.record_topic_experts: true``
     and several topics; raises KeyError for an unknown policy, layer or replica, and ValueError without such loads.
     """
-    asked = _asked(result, policies)
+    asked = asked_policies(result, policies)
     topics = result.topics
     if topics.empty or "expert_tokens" not in topics:
         raise ValueError("no expert loads by topic: run several topics with steps.record_topic_experts: true")
@@ -232,14 +187,6 @@ def topic_heatmap(
     }
     x = f"expert of layer {chosen} [by the topic that likes it most]"
     return _heatmaps(relative, x, "", "load [mean of topic = 1]")
-
-
-def _asked(result: Result, policies: Sequence[str] | str | None) -> list[str]:
-    asked = [policies] if isinstance(policies, str) else list(policies or _policies(result))
-    unknown = [name for name in asked if name not in _policies(result)]
-    if unknown:
-        raise KeyError(f"no policy {unknown[0]!r}; there are {', '.join(_policies(result))}")
-    return asked
 
 
 def _heatmaps(relative: dict[str, pd.DataFrame], x: str, y: str, label: str) -> Figure:
@@ -274,7 +221,7 @@ def _heatmaps(relative: dict[str, pd.DataFrame], x: str, y: str, label: str) -> 
                 extent=(-0.5, share.shape[1] - 0.5, at[-1] + 0.5, at[0] - 0.5),
                 interpolation="nearest",
             )
-            axis.set_title(_wrapped(name, 26), fontsize=8)
+            axis.set_title(wrapped(name, 26), fontsize=8)
             axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
             if named:
                 axis.set_yticks(at, [str(name) for name in share.index], fontsize=7)
@@ -291,7 +238,7 @@ def _heatmaps(relative: dict[str, pd.DataFrame], x: str, y: str, label: str) -> 
         bar = figure.colorbar(image, ax=axes, ticks=np.log(ticks), extend="both", shrink=0.9)
         bar.ax.set_yticklabels([f"{tick:.2g}" for tick in ticks])
         bar.set_label(label, fontsize=8)
-    return _finished(figure)
+    return finished(figure)
 
 
 def max_vio_over_steps(result: Result, ax: Axes | None = None) -> Figure:
@@ -300,18 +247,18 @@ def max_vio_over_steps(result: Result, ax: Axes | None = None) -> Figure:
     Raises KeyError if the steps lack a column, and ValueError if no policy has routed experts.
     """
     steps = result.steps
-    _need(steps, "steps", ("policy", "step", "max_vio", "max_vio_floor"))
+    need(steps, "steps", ("policy", "step", "max_vio", "max_vio_floor"))
     known = steps[steps.max_vio.notna()]
-    names = [name for name in _policies(result) if (known.policy == name).any()]
+    names = [name for name in policy_names(result) if (known.policy == name).any()]
     if not names:
         raise ValueError("no policy of this result has routed experts")
     index = np.sort(known.step.unique())
     few = len(index) <= FEW_STEPS
-    labels = [_wrapped(name, 24) for name in names]
+    labels = [wrapped(name, 24) for name in names]
     legend_in = 0.5 + 0.06 * len(labels) + 0.135 * sum(label.count("\n") + 1 for label in labels)
     with plt.rc_context(STYLE):
-        figure, axis = _canvas(ax, max(2.8, legend_in))
-        for i, (name, colour) in enumerate(zip(names, _colours(len(names)), strict=True)):
+        figure, axis = canvas(ax, max(2.8, legend_in))
+        for i, (name, colour) in enumerate(zip(names, colours(len(names)), strict=True)):
             by_step = known[known.policy == name].groupby("step").max_vio
             mean = by_step.mean()
             half = by_step.apply(lambda values: half_width(values.to_numpy(float))).to_numpy(float)
@@ -339,7 +286,7 @@ def max_vio_over_steps(result: Result, ax: Axes | None = None) -> Figure:
         axis.set_xlabel("step [batches]")
         axis.set_ylabel("MaxVio of a batch [max/mean - 1]")
         axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
-    return _finished(figure, ax)
+    return finished(figure, ax)
 
 
 def step_breakdown(result: Result, ax: Axes | None = None) -> Figure:
@@ -351,19 +298,19 @@ def step_breakdown(result: Result, ax: Axes | None = None) -> Figure:
     steps = result.steps
     pipelined = result.scenario.pipelined
     parts, scale, unit = (PIPELINE_PARTS, 1.0, "s") if pipelined else (PARTS, 1e3, "ms")
-    _need(steps, "steps", ("policy", "step_time_s", *parts))
+    need(steps, "steps", ("policy", "step_time_s", *parts))
     timed = steps[steps.step_time_s.notna()]
     if timed.empty:
         raise ValueError("no step of this result was timed (steps.timed: none)")
-    names = _policies(result)
-    labels = [_wrapped(name, 30) for name in names]
+    names = policy_names(result)
+    labels = [wrapped(name, 30) for name in names]
     mean = timed.groupby("policy")[list(parts)].mean().reindex(names).astype(float) * scale
-    half = _metric(result, "step_time_s")["half_width"].to_numpy(float) * scale
+    half = by_policy(result, "step_time_s")["half_width"].to_numpy(float) * scale
     rows = np.arange(len(names))[::-1]
     with plt.rc_context(STYLE):
-        figure, axis = _canvas(ax, 1.0 + _row_in(labels) * len(names))
+        figure, axis = canvas(ax, 1.0 + row_in(labels) * len(names))
         left = np.zeros(len(names))
-        for (part, label), colour in zip(parts.items(), _colours(len(parts)), strict=True):
+        for (part, label), colour in zip(parts.items(), colours(len(parts)), strict=True):
             width = mean[part].to_numpy()
             axis.barh(rows, width, left=left, label=label, color=colour, height=0.7, edgecolor="white", linewidth=0.4)
             left = left + width
@@ -385,7 +332,7 @@ def step_breakdown(result: Result, ax: Axes | None = None) -> Figure:
             figure.legend(loc="outside upper center", ncols=len(parts), frameon=False, fontsize=8, columnspacing=1.0)
         else:
             axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=8, columnspacing=1.0)
-    return _finished(figure, ax)
+    return finished(figure, ax)
 
 
 FIGURES: dict[str, Callable[[Result], Figure]] = {

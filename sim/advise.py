@@ -67,8 +67,12 @@ def _main(args: argparse.Namespace) -> int:
     from sim.advice.options import check_redundant, fitting_redundant
     from sim.advice.placement import judge
     from sim.advice.verdict import verdict
+    from sim.yamlfile import ScenarioError
 
-    given = _inputs(args)
+    try:
+        given = _inputs(args)
+    except ScenarioError as error:  # one line for each problem
+        raise ValueError(str(error)) from None
     trace, ep_size = given.trace, given.ep_size
     experts = trace.n_routed_experts
     redundant = fitting_redundant(experts, ep_size) if args.redundant is None else _numbers(args.redundant)

@@ -29,6 +29,8 @@ Kind = Literal["decode", "prefill"]
 
 SINGLES = 64
 """Consecutive tokens that decode batches are drawn from: a pool then holds tokens of 1/64 as many sequences."""
+RUN = 256
+"""Consecutive tokens that prefill batches are made of where the traffic does not tell how long its sequences are."""
 PATIENCE = 16
 """Tokens looked at for each one that is kept, before rare topics have to do with what was found."""
 _BLOCK = 64
@@ -82,7 +84,7 @@ class Pool:
         tallies = {layer: [Tally(scenario, task.policies[0], replica, layer, kernels)] for layer in layers}
         warm_up(task, source, tallies)
         gates = {layer: found[0].gate for layer, found in tallies.items()}
-        length = min(scenario.traffic.longest_sequence or 1024, pool_tokens)
+        length = min(scenario.traffic.longest_sequence or RUN, pool_tokens)
         fill = partial(_fill, scenario, source, gates, replica, pool_tokens)
         # Decoded tokens come behind the template that all prompts begin with.
         template = min(getattr(scenario.traffic, "prefix_length", 0), length - 1)
@@ -181,7 +183,9 @@ def _fill(
     n_topics = len(scenario.traffic.topics)
     found: list[list[I16]] = [[] for _ in range(n_topics)]
     have = np.zeros(n_topics, dtype=np.int64)
-    pieces = _pieces(source, phase, run, PATIENCE * wanted * n_topics)
+    # A trace is what it is; generated traffic has phases of its own, before anything drifts.
+    recorded = scenario.traffic.kind == "replay"
+    pieces = _pieces(source, "train" if recorded else phase, run, PATIENCE * wanted * n_topics)
     for step, batch in enumerate(pieces):
         first = batch.tokens(next(iter(gates)), 0)
         topics = first.topic[skipped:]

@@ -248,6 +248,15 @@ def test_parts_sum_to_the_duration_and_equal_work_takes_equal_time(scenario: Sce
     assert again.time(work, number) == timed  # whatever was asked before
 
 
+def test_times_do_not_depend_on_what_was_asked_before(scenario: Scenario, pool: Pool) -> None:
+    works = [(_work(np.full(8, n), 100 * n), n) for n in (1, 2, 3, 5, 8, 24, 31, 32, 33, 47, 48, 64, 96)]
+    works += [(_work(np.full(8, n), prompts=np.full(8, n % 3), length=700), n) for n in (1, 4, 5)]
+    one, two = (_served(scenario, pool, UNITS[1]) for _ in range(2))
+    forth = [one.time(work, number) for work, number in works]
+    back = [two.time(work, number) for work, number in works[::-1]]
+    assert forth == back[::-1]
+
+
 def test_numba_takes_over_with_the_same_times(scenario: Scenario, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sim.engine.served._WORTH_COMPILING", 2)
     monkeypatch.setenv("GATESIM_KERNELS", "numba")
@@ -265,22 +274,34 @@ def test_between_the_sizes_of_the_grid_times_are_near_those_of_the_batch_itself(
         for n in sizes:
             low, high = grid(n)
             assert low < n < high
+            routed.at(kind, 0, 0, low, low)  # type: ignore[arg-type]  # what was asked before does not matter
             direct = routed.direct(kind, routed.mixtures[0], 0, n)  # type: ignore[arg-type]
             between = routed.at(kind, 0, 0, n, n)  # type: ignore[arg-type]
             np.testing.assert_allclose(between.seconds.mean(axis=1), direct.seconds.mean(axis=1), rtol=0.02)
 
 
-def test_uneven_ranks_take_as_long_as_their_batch_itself(scenario: Scenario, pool: Pool) -> None:
-    routed = _served(scenario, pool, UNITS[0]).whole.routed
+@pytest.mark.parametrize("unit", [UNITS[0], UNITS[2]], ids=["low_latency", "normal"])
+def test_uneven_ranks_take_as_long_as_their_batch_itself(scenario: Scenario, pool: Pool, unit: Unit) -> None:
+    routed = _served(scenario, pool, unit).whole.routed
     assert routed is not None
-    tokens = np.array([60, 180, 64, 50, 70, 62, 58, 64])
+    tokens = np.array([600, 1800, 640, 500, 700, 620, 580, 640])
     big = routed.pool.batch("decode", routed.mixtures[0], 0, 8, int(tokens.max()))
     cut = [[big[layer][rank][: tokens[rank]] for rank in range(8)] for layer in range(2)]
     direct = routed.timed(cut).seconds.mean(axis=1)
     ours = routed.at("decode", 0, 0, tokens.mean(), tokens.max()).seconds.mean(axis=1)
-    np.testing.assert_allclose(ours, direct, rtol=0.06)
+    np.testing.assert_allclose(ours, direct, rtol=0.04)
     even = routed.at("decode", 0, 0, tokens.mean(), tokens.mean()).seconds.mean(axis=1)
-    assert even[DISPATCH] < 0.95 * direct[DISPATCH] and even[COMBINE] < 0.95 * direct[COMBINE]
+    assert even[DISPATCH] < 0.9 * direct[DISPATCH] and even[COMBINE] < 0.9 * direct[COMBINE]
+
+
+def test_the_mixture_of_topics_decides_which_experts_are_hot(scenario: Scenario, pool: Pool) -> None:
+    routed = _served(scenario, pool, UNITS[2]).whole.routed
+    assert routed is not None
+    assert routed.mixture(np.array([300, 310, 290])) == routed.mixture(np.zeros(3, dtype=np.int64)) == 0
+    alone = [routed.mixture(1000 * one) for one in np.eye(3, dtype=np.int64)]
+    np.testing.assert_array_equal(routed.mixtures[alone], np.eye(3))
+    times = [routed.at("decode", mixture, 0, 200, 200) for mixture in (0, *alone)]
+    assert min(one.imbalance for one in times[1:]) > times[0].imbalance  # topics prefer experts; their mixture less so
 
 
 def test_decode_attention_between_its_contexts_is_the_law(scenario: Scenario, pool: Pool) -> None:
@@ -483,4 +504,4 @@ def test_decode_skips_the_template_of_all_prompts() -> None:
     given_ = _scenario("traffic.prefix_length=100", "traffic.sequence_length=128", "steps.warmup={}")
     pool = Pool.of(given_, given_.policies[0], 0, sampled_layers=1, pool_tokens=256)
     kinds = [len(np.unique(shelf.ids[0, : shelf.first[1]], axis=0)) for shelf in (pool.decode, pool.prefill)]
-    assert kinds[0] > 2 * kinds[1]
+    assert kinds[0] > 1.5 * kinds[1]

@@ -19,7 +19,7 @@ _MOST_JUDGED = 24
 TYPICAL = {"decode": 128, "prefill": 8192}
 """Tokens of a rank in one step: DeepSeek-V3's decode unit; the default token budget of vLLM and of ATOM."""
 _LEAST = {"decode": 8, "prefill": 256}
-_WANTED = 100
+_WANTED = 120
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Batches:
 
 
 def fitting_tokens(n_tokens: int, ep_size: int, phase: Serving) -> int:
-    """Return the largest power of two of tokens per rank, at most a typical batch's, of which B holds 100 batches.
+    """Return the largest power of two of tokens per rank, at most a typical batch's, of which B holds 120 batches.
 
     >>> fitting_tokens(39_590, 8, "decode"), fitting_tokens(10**9, 8, "prefill"), fitting_tokens(100, 8, "decode")
     (32, 8192, 8)

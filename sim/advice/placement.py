@@ -56,15 +56,19 @@ class Every:
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """What window B shows. planned, batches: of windows A and B. base_s, base_imbalance: without a balancer. chosen: the
-    row that did best inside window A. interval: steps between rebalances, asked for or the best that B speaks for. net: the
-    chosen row's saving after costs at that interval. times: autocorrelation times of that saving within B. aged: how its
-    plans age; tail: what the oldest save. every: intervals that compete."""
+    """What window B shows.
+
+    planned, batches: of windows A and B. base_s, base_imbalance, base_cache: without a balancer. chosen: the row that did
+    best inside window A. interval: steps between rebalances, asked for or the best that B speaks for. net: the chosen row's
+    saving after costs at that interval. times: autocorrelation times of that saving within B. aged: how its plans age;
+    tail: what the oldest save. every: intervals that compete.
+    """
 
     planned: int
     batches: int
     base_s: float
     base_imbalance: float
+    base_cache: costs.Cache
     rows: tuple[Row, ...]
     chosen: Row
     interval: int
@@ -106,6 +110,7 @@ def judge(setup: Setup, batches: Batches, phase: Serving, redundant: Sequence[in
         batches=len(base.step_s),
         base_s=mean_s,
         base_imbalance=float(base.imbalance.mean()),
+        base_cache=bench.without,
         rows=tuple(rows),
         chosen=chosen,
         interval=interval,

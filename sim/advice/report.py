@@ -39,7 +39,7 @@ def _cells(found: Judged, row: Row) -> list[str]:
     name = row.option.name + (" *" if row is found.chosen else "")
     if math.isnan(row.saving.mean):
         return [name, "does not fit", *["-"] * (len(_HEAD) - 2)]
-    lost, repaid = 1 - row.cache.batch_share, row.break_even
+    kept, repaid = row.cache.batch_share / (found.base_cache.batch_share or 1.0), row.break_even
     return [
         name,
         f"{1e3 * found.base_s * (1 - row.saving.mean):.3f}",
@@ -50,7 +50,7 @@ def _cells(found: Judged, row: Row) -> list[str]:
         human(row.rebalance_s, "s"),
         _steps(repaid.mean),
         f"{_steps(repaid.low)} .. {_steps(repaid.high)}" if math.isfinite(repaid.mean) else "-",
-        human(row.cache.replica_bytes, "B") + (f" ({100 * lost:.0f} % of the batch)" if lost > 0 else ""),
+        human(row.cache.replica_bytes, "B") + (f" (-{100 * (1 - kept):.0f} % batch)" if kept < 1 else ""),
     ]
 
 
@@ -62,6 +62,8 @@ def _how_often(batches: Batches, found: Judged) -> list[str]:
             f"a rebalance costs {human(best.rebalance_s, 's')}, which {_steps(best.break_even.mean)} steps repay "
             f"[{low}, {high}]: not more often than that"
         )
+    if found.base_cache.tokens <= 0:
+        lines.append("the model does not fit on these ranks at all: what replicas displace is left out")
     ages = ", ".join(f"{_percent(one.saving)} at {one.steps:.0f}" for one in found.aged)
     return [*lines, f"saving by age of the plan in steps: {ages}"]
 
@@ -99,7 +101,12 @@ def as_data(batches: Batches, phase: Serving, found: Judged | None, answer: tupl
         "planned_batches": found.planned,
         "judged_batches": found.batches,
         "independent_batches": _finite(found.times),
-        "baseline": {"step_s": found.base_s, "rank_imbalance": found.base_imbalance},
+        "baseline": {
+            "step_s": found.base_s,
+            "rank_imbalance": found.base_imbalance,
+            "cache_tokens_per_rank": found.base_cache.tokens,
+            "batch_share": found.base_cache.batch_share,
+        },
         "chosen": found.chosen.option.name,
         "interval_steps": found.interval,
         "net_saving": _interval(found.net),

@@ -44,12 +44,10 @@ def verdict(setup: Setup, batches: Batches, found: Judged | None) -> tuple[Verdi
             f"{name} saves {100 * fresh:.1f} % of a step at first, but plans age faster than a rebalance repays itself: "
             f"{100 * found.tail:.1f} % are left after {found.aged[-1].steps:,.0f} steps"
         )
-    if best.saving.low >= least:
-        return _NO, (
-            f"{name} saves {percent(best.saving)} of a step, but rebalances every {found.interval:,} steps cost more: one "
-            f"repays itself in {best.break_even.mean:,.0f} steps"
-        )
-    return _NO, f"{name}, the best, saves {percent(best.saving)} of a step before costs"
+    return _NO, (
+        f"{name}, the best, saves {percent(best.saving)} of a step, {percent(net)} with a rebalance every "
+        f"{found.interval:,} steps paid for: less than {100 * least:g} %"
+    )
 
 
 def percent(value: Interval) -> str:

@@ -1,9 +1,9 @@
 """From work to seconds: kernels on a device, token movement over a network. Pure functions of arrays, no clock.
 
 Two families, one file per member: `ComputeCost` (``calibrated``, ``roofline``, ``table``) and `CommunicationCost`
-(``port``, ``flow``, ``alpha_beta``, ``table``); `sim.cost.collectives` are functions. Times are those of one kernel or
-one all-to-all by itself. Two figures couple them where they overlap: ``sm_fraction``, the share of SMs left to compute,
-and `CommunicationCost.overlap_slowdown`.
+(``port``, ``flow``, ``all_gather``, ``alpha_beta``, ``table``); `sim.cost.collectives` are functions. Times are those of
+one kernel or one all-to-all by itself. Two figures couple them where they overlap: ``sm_fraction``, the share of SMs
+left to compute, and `CommunicationCost.overlap_slowdown`.
 """
 
 from __future__ import annotations

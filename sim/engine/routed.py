@@ -6,8 +6,10 @@ sizes; between them times are linear. Sizes are filled in when they are first as
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import cast
 
 import numpy as np
@@ -102,39 +104,44 @@ class RoutedTimes:
         self.kernels: Kernels = choose(0)
         self.mixtures = _mixtures(usual if len(usual) == pool.n_topics else np.ones(1))
         self._known: dict[tuple[Kind, int, int, int], Timing] = {}
-        self._lines: dict[tuple[Kind, int, int, int], tuple[F64, F64, float, float]] = {}
-        self._even: dict[int, F64] = {}
+        self._lines: dict[tuple[Kind, int, int, int, int], tuple[F64, F64, float, float]] = {}
+        self._leads: dict[tuple[int, int, int], tuple[F64, F64]] = {}
 
     def mixture(self, topic_tokens: I64) -> int:
         """Return the number of the mixture that is nearest to ``topic_tokens`` [topics]."""
-        if len(self.mixtures) == 1:
+        total = int(topic_tokens.sum())
+        if len(self.mixtures) == 1 or not total:
             return 0
-        shares = topic_tokens / max(1, topic_tokens.sum())
+        shares = topic_tokens / total
         return int(np.abs(self.mixtures - shares).sum(axis=1).argmin())
 
     def at(self, kind: Kind, mixture: int, draw: int, mean: float, most: float) -> Timing:
-        """Return the times of draw ``draw`` where ranks bring ``mean`` tokens on average and ``most`` at most.
+        """Return the times of draw ``draw``; see `each`."""
+        return self.each(kind, mixture, (draw,), mean, most)[0]
 
-        A rank that brings more than others sends more: it takes as long as an even batch of that many tokens would. Ranks
-        without requests run a token of padding, so no mean is below 1.
+    def each(self, kind: Kind, mixture: int, draws: Iterable[int], mean: float, most: float) -> list[Timing]:
+        """Return the times of several draws where ranks bring ``mean`` tokens on average and ``most`` at most.
+
+        A rank that brings more than others sends more: the exchange takes no less than one of evenly loaded experts in
+        which one rank brings that much. Ranks without requests run a token of padding, so no mean is below 1.
         """
         # Perfectly even loads all step to the next tile of rows at once, which no straight line follows.
         low, high = (max(1, round(mean)),) * 2 if self.pool.balanced and mean <= EXACT else grid(mean)
-        found, slope, imbalance, rise = self._line((kind, mixture, draw), low, high)
         share = mean - low if high > low else 0.0
-        seconds = found + share * slope
-        if most > mean and self.network is not None:
-            low, high = grid(most)
-            even = self._sent(low)
-            if high > low:
-                even = even + (most - low) / (high - low) * (self._sent(high) - even)
-            np.maximum(seconds[DISPATCH], even[0], out=seconds[DISPATCH])
-            np.maximum(seconds[COMBINE], even[1], out=seconds[COMBINE])
-        return Timing(seconds, imbalance + share * rise)
+        sent = self._sent(mean, most) if most > mean and self.network is not None else None
+        found = []
+        for draw in draws:
+            left, slope, imbalance, rise = self._line((kind, mixture, draw), low, high)
+            seconds = left + share * slope
+            if sent is not None:
+                exchange = seconds[DISPATCH :: COMBINE - DISPATCH]
+                np.maximum(exchange, sent, out=exchange)
+            found.append(Timing(seconds, imbalance + share * rise))
+        return found
 
     def _line(self, draw: tuple[Kind, int, int], low: int, high: int) -> tuple[F64, F64, float, float]:
         """Return the times at ``low`` and what each token more adds on the way to ``high``; imbalance likewise."""
-        key = (*draw, low)
+        key = (*draw, low, high)
         if key not in self._lines:
             left, right = self._timing(*draw, low), self._timing(*draw, high)
             step = max(1, high - low)
@@ -250,23 +257,44 @@ class RoutedTimes:
             found.append(seconds.max(axis=(-1, -2)))
         return np.stack(found)
 
-    def _sent(self, tokens_per_rank: int) -> F64:
-        """Return [2] seconds of dispatch and combine if ranks bring this many tokens each for evenly loaded experts."""
-        if tokens_per_rank not in self._even:
-            slots, model = self.group.slots, self.model
-            alive = self.group.alive.astype(np.float64)
-            choices = float(model.num_experts_per_tok)
-            targets = alive / alive.sum()
-            copies = choices * targets
-            by_node = np.add.reduceat(targets, np.arange(0, slots.ep_size, slots.ranks_per_node))
-            if self.mode == "normal":
-                copies = 1 - (1 - targets) ** choices
-            at_nodes = 1 - (1 - by_node) ** choices
-            limit = min(model.topk_group, slots.n_nodes) if model.n_group > 1 else slots.n_nodes
-            at_nodes = at_nodes * min(1.0, limit / at_nodes.sum())
-            sources = alive[:, None] * tokens_per_rank
-            self._even[tokens_per_rank] = self._transfers(sources * copies, sources * at_nodes)
-        return self._even[tokens_per_rank]
+    def _sent(self, mean: float, most: float) -> F64:
+        """Return [2, 1] seconds of dispatch and combine that one rank with ``most`` tokens sets."""
+        low, high = grid(most)
+        lead = round(4 * math.log2(most / mean))
+        key = low, high, lead
+        if key not in self._leads:
+            left, right = self._led(low, lead), self._led(high, lead)
+            self._leads[key] = left, (right - left) / max(1, high - low)
+        left, slope = self._leads[key]
+        return left + (most - low) * slope
+
+    def _led(self, most: int, lead: int) -> F64:
+        """Return [2, 1] seconds of dispatch and combine if one rank brings ``most`` tokens and the others 2^(lead / 4) times
+        less, for evenly loaded ranks."""
+        slots, alive = self.group.slots, self.group.alive.astype(np.float64)
+        targets = alive / alive.sum()
+        by_node = np.add.reduceat(targets, np.arange(0, slots.ep_size, slots.ranks_per_node))
+        copies, at_nodes = self._reach
+        sources = alive[:, None] * (most / 2 ** (lead / 4))
+        sources[self.sources[0]] = most
+        return self._transfers(sources * copies * targets, sources * at_nodes * by_node)[:, None]
+
+    @cached_property
+    def _reach(self) -> tuple[float, float]:
+        """Copies of a token to ranks (in the sense of ``mode``) and to nodes, mean over the pool."""
+        slots, shelf = self.group.slots, self.pool.decode
+        chosen = shelf.ids[:, spread(shelf.ids.shape[1], LOOKED_AT)]
+        n = chosen.shape[0] * chosen.shape[1]
+        if self.mode == "low_latency":
+            return np.count_nonzero(chosen >= 0) / n, 0.0
+        ranks = nodes = 0
+        for ids, held in zip(chosen, self.group.maps, strict=True):
+            first = np.zeros(self.pool.n_routed_experts, dtype=np.int32)
+            there = np.flatnonzero(held >= 0)[::-1]
+            first[held[there]] = slots.slot_rank[there]  # of several slots the first
+            ranks += self.kernels.distinct_groups(ids, first, slots.ep_size)
+            nodes += self.kernels.distinct_groups(ids, (first // slots.ranks_per_node).astype(np.int32), slots.n_nodes)
+        return ranks / n, nodes / n
 
 
 def grid(tokens: float) -> tuple[int, int]:

@@ -122,19 +122,19 @@ class Served:
     def _trunk(self, way: Way, work: Work, tokens: I64, most: int) -> F64:
         """Return seconds of `EVEN` on the slowest attention rank; of two halves, those of the larger one."""
         trunk, halves = way.trunk, way.halves
+        decoded = int(work.decode_tokens.sum())
+        prompts = work.prefill_tokens > 0 if work.prefill_tokens.any() else None
         tokens, most = -(-tokens // halves), -(-most // halves)
         total = trunk.layer.upto(most)[tokens]
-        requests = int(work.decode_requests.sum())
-        if requests:
-            queries = -(-work.decode_tokens // halves)
-            total = total + trunk.absorbed.upto(most)[queries]
+        if decoded:
+            total = total + trunk.absorbed.upto(most)[-(-work.decode_tokens // halves)]
             total = total + trunk.decode_core(
                 -(-work.decode_requests // halves),
-                max(1, round(int(work.decode_tokens.sum()) / requests)),  # the rest is padding
+                max(1, round(decoded / max(1, int(work.decode_requests.sum())))),  # the rest is padding
                 -(-work.decode_kv_tokens // halves),
-                work.prefill_tokens > 0,
+                prompts,
             )
-        if work.prefill_tokens.any():
+        if prompts is not None:
             parts = -(-work.prefill_requests // halves), -(-work.prefill_tokens // halves), work.prefill_pairs / halves
             total = total + trunk.prefill_core(*parts)
         if not self._even_slow:
@@ -169,7 +169,7 @@ class Served:
         kind: Kind = "decode" if 2 * int(work.decode_tokens.sum()) >= total else "prefill"
         mixture = routed.mixture(work.topic_tokens)
         mean, largest = max(1.0, total / (n * len(routed.sources))), most / (n * self.tp)
-        return [routed.at(kind, mixture, (number + half) % self.draws, mean, largest) for half in halves]
+        return routed.each(kind, mixture, [(number + half) % self.draws for half in halves], mean, largest)
 
     @cached_property
     def whole(self) -> Way:

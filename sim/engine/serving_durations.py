@@ -17,22 +17,28 @@ from sim.hardware import Device, Dtype
 from sim.model import Model
 from sim.tokens import F64, I64, Bool
 
+_BLOCK = 1024
 _CONTEXT = 512
 """Positions between neighbouring contexts in the table of decode attention, whose law is all but linear between them."""
 
 
 class Lookup:
-    """Values of a law at whole numbers, computed in bulk when first asked for."""
+    """Values of a law at whole numbers, computed in blocks when first asked for.
+
+    Blocks are always the same ones, because the last bits of array functions may depend on an array's length.
+    """
 
     def __init__(self, law: Callable[[F64], F64]) -> None:
-        self._law, self._values = law, np.zeros(1)
+        self._law, self._values = law, np.zeros(0)
 
     def upto(self, most: int) -> F64:
         """Return the law at 0, 1, ... at least to ``most``; 0 at 0."""
         known = len(self._values)
         if most >= known:
-            more = np.arange(known, max(64, 2 * known, most + 1), dtype=np.float64)
-            self._values = np.concatenate([self._values, self._law(more)])
+            starts = range(known, most + 1, _BLOCK)
+            blocks = [self._law(np.arange(start, start + _BLOCK, dtype=np.float64)) for start in starts]
+            self._values = np.concatenate([self._values, *blocks])
+            self._values[0] = 0.0
         return self._values
 
     def at(self, count: int) -> float:
@@ -174,10 +180,10 @@ class TrunkTimes:
         seconds = norm_s(self.cost, self.device, tokens=n, hidden_size=h, kernels=1)
         return seconds + self.product(n, h, words, "bf16") + self.moved(n, words / 2)
 
-    def decode_core(self, requests: I64, queries_each: int, kv_tokens: I64, prompts: Bool) -> F64:
+    def decode_core(self, requests: I64, queries_each: int, kv_tokens: I64, prompts: Bool | None = None) -> F64:
         """Attention [D] of ``requests`` with ``queries_each`` query tokens and contexts of ``kv_tokens`` in all, taken to be
-        of equal length; 0 where there are none. prompts: [D] ranks that have prompts beside them."""
-        if not prompts.any():
+        of equal length; 0 where there are none. prompts: [D] ranks that have prompts beside them, if any do."""
+        if prompts is None:
             return self._decodes("decode", requests, queries_each, kv_tokens)
         beside = self._decodes("mixed", requests * prompts, queries_each, kv_tokens * prompts)
         return beside + self._decodes("decode", requests * ~prompts, queries_each, kv_tokens * ~prompts)
@@ -189,7 +195,7 @@ class TrunkTimes:
         at = requests * known.shape[1] + low
         left, right = known.take(at), known.take(at + 1)
         seconds: F64 = left + (place - low) * (right - left)
-        if np.isnan(seconds).any():
+        if np.isnan(seconds.max()):
             self._fill(known, phase, queries_each, np.union1d(at, at + 1))
             return self._decodes(phase, requests, queries_each, kv_tokens)
         return seconds

@@ -31,7 +31,8 @@ class Biased(Placement):
 
     def place(self, slots: Slots, observed: Observed, rng: np.random.Generator) -> I32:
         load = seen_load(observed)
-        layers, everywhere = len(load), slots.num_redundant_experts // slots.ep_size
+        layers = len(load)
+        everywhere = min(slots.num_redundant_experts // slots.ep_size, slots.n_routed_experts - 1)
         order = np.argsort(-load, axis=-1, kind="stable")
         # Ascending ids: a set that stays hot stays where it is.
         hot, cold = np.sort(order[:, :everywhere], axis=-1), np.sort(order[:, everywhere:], axis=-1)

@@ -90,7 +90,7 @@ def rebalancing(world: World, unit: int) -> simpy.events.ProcessGenerator:
         if maps is None or any(group.moving for group in groups) or not windows[-pieces:].any():
             row["reason"] = "no experts" if maps is None else "still moving" if windows[-pieces:].any() else "idle"
             continue
-        ages_s = np.arange(len(windows) - 1, -1, -1) * (piece_ps / PS_PER_S)
+        ages_s: F64 = np.arange(len(windows) - 1.0, -1.0, -1.0) * (piece_ps / PS_PER_S)
         after = policy.plan(unit, windows, ages_s, maps)
         if after is None:
             row["reason"] = "balanced enough"

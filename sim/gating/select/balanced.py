@@ -18,12 +18,12 @@ class Balanced(Select):
     scores.
 
     Token after token takes the next groups of a permutation, which changes whenever it is used up, and of each group the
-    experts that have waited longest. Loads of the first T tokens are equal where T is a multiple of n_experts / k and of
-    what meets all groups equally often (DeepSeek-V3: 32), and never differ by more than the number of seams: one.
-    n_group, topk_group: by default the model's.
+    experts that have waited longest. The loads of a batch are equal where its tokens are a multiple of what meets all
+    experts equally often (DeepSeek-V3: 32); otherwise the last round is cut short. n_group, topk_group: by default the
+    model's.
 
     >>> balanced_ids(4, n_experts=8, k=2, n_group=4, topk_group=2).tolist()
-    [[7, 5], [2, 0], [3, 4], [6, 1]]
+    [[7, 2], [0, 5], [6, 1], [3, 4]]
     """
 
     kind: Literal["balanced"] = "balanced"

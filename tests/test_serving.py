@@ -1,0 +1,419 @@
+"""The serving loop against plain models of it, queues by recursion, closed forms, and its own laws."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sim.conservation import ConservationError
+from sim.deployment import Fault, Slo
+from sim.engine.serving import Finished
+from sim.engine.serving.experts import without
+from sim.engine.serving.tables import Tables
+from sim.metrics.serving import binned, meets, spread, weighted_spread
+from sim.placement import replica_counts
+from sim.requests import PrefixTree, Requests
+from sim.rng import stream
+from sim.settings import Rebalance
+from sim.units import PS_PER_S, to_ps
+from tests.serving_model import (
+    US,
+    Clock,
+    Fake,
+    kiefer_wolfowitz,
+    lindley,
+    plain_rank,
+    requests_of,
+    serve,
+    sizes_of,
+    unit,
+    world,
+)
+
+MS = 1000 * US
+
+
+@st.composite
+def loads(draw: st.DrawFn, most: int = 14, longest: int = 40) -> Requests:
+    n = draw(st.integers(1, most))
+    gaps = draw(st.lists(st.integers(0, 80 * MS), min_size=n, max_size=n))
+    inputs = draw(st.lists(st.integers(1, longest), min_size=n, max_size=n))
+    outputs = draw(st.lists(st.integers(1, longest), min_size=n, max_size=n))
+    return requests_of(np.cumsum(gaps).tolist(), inputs, outputs)
+
+
+def ends(finished: Finished) -> list[int]:
+    return [request.end_ps for request in finished.requests]
+
+
+# Against plain models
+
+
+@given(loads(), st.integers(1, 5), st.integers(1, 24), st.integers(1, 7), st.integers(0, 30), st.booleans())
+def test_a_rank_does_what_a_plain_loop_over_requests_does(
+    requests: Requests, seats: int, budget: int, block: int, spare: int, chunked: bool
+) -> None:
+    """Chunks, budgets, preemption by recomputation: every time to the picosecond, through every field of `Work`."""
+    one = unit(max_num_seqs=seats, max_num_batched_tokens=max(seats, budget), block_size=block, chunked_prefill=chunked)
+    longest = int((requests.input_tokens + requests.output_tokens - 1).max())
+    capacity = -(-longest // block) + spare
+    found = serve(requests, sizes_of(one, capacity), duration_s=10.0)
+    plain = plain_rank(requests, one, capacity, Clock())
+    assert [r.first_ps for r in found.requests] == [p.first for p in plain]
+    assert ends(found) == [p.end for p in plain]
+    assert [r.preemptions for r in found.requests] == [p.preemptions for p in plain]
+
+
+def test_preemption_happens_at_all() -> None:
+    """Negative control of the law above: with room for one and a half requests somebody is put back."""
+    one = unit(block_size=1)
+    found = serve(requests_of([0, 1], [10, 10], [20, 20]), sizes_of(one, 40))
+    assert sum(request.preemptions for request in found.requests) > 0
+    assert serve(requests_of([0, 1], [10, 10], [20, 20]), sizes_of(one, 80)).requests[1].preemptions == 0
+
+
+@pytest.mark.parametrize("output", [1, 3])
+def test_one_server_waits_as_lindley_says(output: int) -> None:
+    draw = stream(0, "test", "lindley")
+    arrival = np.cumsum(draw.integers(1, 120 * MS, 400))
+    inputs = draw.integers(1, 3000, 400)
+    clock = Clock()
+    one = unit(max_num_seqs=1, chunked_prefill=False, max_num_batched_tokens=4096)
+    found = serve(requests_of(arrival.tolist(), inputs.tolist(), [output] * 400), sizes_of(one), duration_s=100.0)
+    service = np.array(
+        [
+            clock.duration(1, n, 0, n * (n + 1) / 2, 1)
+            + sum(clock.duration(1, 1, n + i, 0, 1) for i in range(1, output))
+            for n in inputs.tolist()
+        ]
+    )
+    waits = lindley(arrival, service)
+    assert waits.max() > 0 and (waits == 0).any()
+    assert [request.queued_ps for request in found.requests] == waits.tolist()
+    assert ends(found) == (arrival + waits + service).tolist()
+
+
+@pytest.mark.parametrize("servers", [1, 2, 5])
+def test_c_servers_wait_as_kiefer_and_wolfowitz_say(servers: int) -> None:
+    """Equal services: first come first served is taking turns, so groups that take turns are c servers."""
+    draw = stream(0, "test", "servers", servers)
+    arrival = np.cumsum(draw.integers(1, 2 * 30 * MS // servers, 500))
+    clock = Clock()
+    one = unit(max_num_seqs=1, count=servers, load_balance_method="round_robin")
+    found = serve(requests_of(arrival.tolist(), [64] * 500, [1] * 500), sizes_of(one), duration_s=100.0)
+    service = np.full(500, clock.duration(1, 64, 0, 64 * 65 / 2, 1))
+    waits = kiefer_wolfowitz(arrival, service, servers)
+    assert waits.max() > 0
+    assert [request.queued_ps for request in found.requests] == waits.tolist()
+
+
+# Laws
+
+
+@st.composite
+def units(draw: st.DrawFn) -> dict[str, object]:
+    spec = draw(st.integers(0, 3))
+    return {
+        "max_num_seqs": draw(st.integers(1, 6)),
+        "max_num_batched_tokens": draw(st.integers(24, 64)),
+        "chunked_prefill": draw(st.booleans()),
+        "block_size": draw(st.sampled_from([1, 4, 16])),
+        "prefix_cache": draw(st.booleans()),
+        "speculative_tokens": spec,
+        "acceptance": draw(st.sampled_from([0.0, 0.5, 1.0])),
+        "load_balance_method": draw(st.sampled_from(["round_robin", "shortest_queue", "fewest_tokens"])),
+        "max_queue": draw(st.sampled_from([None, None, 0, 3])),
+        "cuda_graph_sizes": draw(st.sampled_from([(), (1, 4, 8)])),
+    }
+
+
+@given(loads(most=20), units(), st.integers(1, 3), st.integers(1, 2), st.integers(8, 60), st.data())
+def test_laws_hold_on_every_run(
+    requests: Requests, more: dict[str, object], ranks: int, count: int, tokens: int, data: st.DataObject
+) -> None:
+    """Little's law, tokens and blocks are checked by the run itself; here with prefixes, faults, and units that hand over."""
+    n = len(requests)
+    prefix = data.draw(st.lists(st.integers(-1, 2), min_size=n, max_size=n))
+    lengths = [min(6 * p + 5, int(i) - 1) if p >= 0 else 0 for p, i in zip(prefix, requests.input_tokens, strict=True)]
+    prefix = [p if length else -1 for p, length in zip(prefix, lengths, strict=True)]
+    requests = requests_of(
+        requests.arrival_ps.tolist(), requests.input_tokens.tolist(), requests.output_tokens.tolist(), prefix, lengths
+    )
+    kind = data.draw(st.sampled_from(["slow_device", "slow_link", "dead_rank"]))
+    apart = data.draw(st.booleans())
+    names = ["p", "d"] if apart else ["u"]
+    faults = (
+        Fault(
+            at_s=0.2, until_s=data.draw(st.sampled_from([None, 0.5])), unit=names[-1], rank=0, kind=kind, recovery_s=0.1
+        ),
+        Fault(at_s=0.3, unit=names[0], rank=ranks - 1, kind=kind, recovery_s=0.1),
+    )
+    size = int(str(more["block_size"]))
+    made = (
+        (unit("p", ranks, role="prefill", count=count, **more), unit("d", ranks, role="decode", **more))
+        if apart
+        else (unit("u", ranks, count=count, **more),)
+    )
+    rebalance = Rebalance(interval_s=0.05, transfer=data.draw(st.sampled_from(["stall", "background"])))
+    policy = Fake(rebalance=rebalance)
+    policy.chunks_ps = (5 * MS, 7 * MS)
+    run = world(requests, tuple(sizes_of(one, max(1, tokens // size)) for one in made), policy, faults=faults)
+    found = run.run()
+    spec = int(str(more["speculative_tokens"]))
+    for group in run.groups:
+        assert (group.blocks.used == 0).all() and (group.blocks.idle >= 0).all()
+        held = sum(prefix.blocks for known in group.blocks._prefixes for prefix in known.values())
+        assert held == int(group.blocks.idle.sum()) <= group.blocks.capacity * ranks
+    log = found.log.columns()
+    if len(log["fullest"]):
+        assert log["fullest"].max() <= max(1, tokens // size)
+    for work in policy.clock.seen:
+        limit = int(str(more["max_num_batched_tokens"]))
+        assert (work.decode_requests <= int(str(more["max_num_seqs"]))).all()
+        if more["chunked_prefill"]:
+            assert (work.prefill_tokens <= np.maximum(limit - work.decode_requests * (1 + spec), 0)).all()
+        else:
+            assert ((work.prefill_tokens <= limit) | (work.prefill_requests == 1)).all()
+            assert not (work.prefill_tokens.astype(bool) & work.decode_tokens.astype(bool)).any()
+
+
+def test_a_lost_request_is_noticed() -> None:
+    run = world(requests_of([0, 5], [4, 4], [3, 3]), (sizes_of(unit()),))
+    run.running.enter(run.requests[0], 0)
+    with pytest.raises(ConservationError, match="Little's law, running"):
+        run.run()
+
+
+def test_little_holds_to_the_picosecond_and_counts_everything() -> None:
+    draw = stream(0, "test", "little")
+    arrival = np.cumsum(draw.integers(1, 40 * MS, 300)).tolist()
+    found = serve(
+        requests_of(arrival, draw.integers(1, 50, 300).tolist(), draw.integers(1, 50, 300).tolist()),
+        sizes_of(unit(ranks=2)),
+        duration_s=20.0,
+    )
+    queue, running, handover, system = found.stages
+    assert system.area_ps == sum(r.end_ps - r.arrival_ps for r in found.requests) == queue.area_ps + running.area_ps
+    assert queue.area_ps == sum(r.queued_ps for r in found.requests)
+    assert handover.area_ps == 0
+
+
+def test_events_grow_with_iterations_and_requests_alone() -> None:
+    found = serve(requests_of([0] * 200, [16] * 200, [30] * 200), sizes_of(unit(max_num_seqs=200)))
+    assert len(found.log.rows) < 40
+    assert found.n_events <= len(found.log.rows) + len(found.requests) + 12
+
+
+def test_a_run_does_not_depend_on_hash_seeds() -> None:
+    code = (
+        "import sys; sys.path.insert(0, '.')\n"
+        "from tests.serving_model import *\n"
+        "import hashlib\n"
+        "d = np.random.Generator(np.random.Philox(3))\n"
+        "r = requests_of(np.cumsum(d.integers(1, 9*10**9, 60)).tolist(), d.integers(1, 50, 60).tolist(),"
+        " d.integers(1, 50, 60).tolist(), [i % 3 for i in range(60)], [0] * 60)\n"
+        "f = (Fault(at_s=0.1, unit='u', rank=1, kind='dead_rank', recovery_s=0.1),)\n"
+        "s = serve(r, sizes_of(unit(ranks=3, block_size=4, speculative_tokens=2), 30), faults=f)\n"
+        "print([(q.end_ps, q.place, q.retries) for q in s.requests])"
+    )
+    root = Path(__file__).resolve().parents[1]
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=root, env={"PYTHONHASHSEED": seed}, capture_output=True, check=True
+        ).stdout
+        for seed in ("1", "77")
+    }
+    assert len(found) == 1 and b"(" in found.pop()
+
+
+# Single mechanisms
+
+
+def test_speculation_brings_several_tokens_and_all_that_were_asked_for() -> None:
+    clock = Clock(base=10 * MS, per_request=0, per_token=0, per_context=0, per_pair=0, per_sample=0)
+    one = unit(speculative_tokens=2, acceptance=1.0)
+    found = serve(requests_of([0], [5], [11]), sizes_of(one), policy=Fake(clock))
+    assert ends(found) == [(1 + 4) * 10 * MS]  # the first token, then 3, 3, 3 and 1
+    assert [int(work.decode_tokens[0]) for work in clock.seen] == [0, 3, 3, 3, 3]
+    none = serve(requests_of([0], [5], [11]), sizes_of(unit(speculative_tokens=2, acceptance=0.0)), policy=Fake(clock))
+    assert ends(none) == [11 * 10 * MS]
+
+
+def test_decodes_are_padded_to_graph_sizes() -> None:
+    clock = Clock()
+    serve(requests_of([0] * 3, [5] * 3, [4, 8, 8]), sizes_of(unit(cuda_graph_sizes=(2, 4))), policy=Fake(clock))
+    assert sorted({int(work.decode_tokens[0]) for work in clock.seen}) == [0, 2, 4]
+
+
+def test_a_cached_prefix_is_not_computed_again() -> None:
+    one = unit(block_size=4, prefix_cache=True)
+    requests = requests_of([0, 10**11, 2 * 10**11], [40, 40, 40], [2, 2, 2], [7, 7, 8], [30, 20, 30])
+    clock = Clock()
+    found = serve(requests, sizes_of(one), policy=Fake(clock))
+    assert [request.cached_tokens for request in found.requests] == [0, 20, 0]
+    assert [int(work.prefill_tokens[0]) for work in clock.seen if work.prefill_tokens[0]] == [40, 20, 40]
+    # 20 blocks: the prefix of request 0 (7 blocks) has to make room for request 2 (11 blocks and 7 that it keeps)
+    small = serve(requests_of([0, 10**11, 2 * 10**11], [40] * 3, [2] * 3, [7, 8, 7], [30] * 3), sizes_of(one, 11))
+    assert [request.cached_tokens for request in small.requests] == [0, 0, 0]
+
+
+def test_prefixes_that_continue_each_other_share_their_beginning() -> None:
+    one = unit(block_size=4, prefix_cache=True)
+    tree = PrefixTree(np.array([-1, 0, 0], np.int32), np.array([8, 16, 20], np.int64))
+    requests = requests_of([0, 10**11, 2 * 10**11], [30] * 3, [1] * 3, [1, 2, 2], [16, 20, 18], tree)
+    found = serve(requests, sizes_of(one))
+    assert [request.cached_tokens for request in found.requests] == [0, 8, 16]
+    assert requests.reusable_tokens().tolist() == [0, 8, 18]  # whole blocks only
+
+
+def test_a_request_that_fits_nowhere_is_refused_and_so_is_one_behind_a_full_queue() -> None:
+    found = serve(requests_of([0, 1], [100, 10], [1, 5]), sizes_of(unit(block_size=10), 3))
+    assert [request.refused for request in found.requests] == [True, False]
+    found = serve(requests_of([0, 1, 2, 3], [10] * 4, [5] * 4), sizes_of(unit(max_num_seqs=1, max_queue=2)))
+    assert [request.refused for request in found.requests] == [False, False, False, True]
+
+
+def test_cache_is_handed_over_at_the_ports_rate_one_after_the_other() -> None:
+    """Two prompts end together; 1,000 bytes a token at 1 GB/s and 3 us of latency, and the receiver takes one at a time."""
+    clock = Clock()
+    prefill, decode = unit("p", 2, role="prefill"), unit("d", 1, role="decode")
+    found = serve(requests_of([0, 0], [50, 80], [3, 1]), sizes_of(prefill), sizes_of(decode), policy=Fake(clock))
+    first = clock.duration(2, 130, 0, 50 * 51 / 2 + 80 * 81 / 2, 2)
+    assert [request.first_ps for request in found.requests] == [first, first]
+    handed = first + int(to_ps(50 * 1000 / 1e9)) + 3 * US
+    steps = clock.duration(1, 1, 51, 0, 1) + clock.duration(1, 1, 52, 0, 1)
+    assert ends(found) == [handed + steps, first]
+    two = serve(requests_of([0, 0], [50, 80], [2, 2]), sizes_of(prefill), sizes_of(decode))
+    assert two.requests[1].end_ps > two.requests[0].end_ps
+    second = first + int(to_ps(50 * 1000 / 1e9)) + int(to_ps(80 * 1000 / 1e9)) + 3 * US
+    step = Clock().duration(1, 1, 51, 0, 1)
+    assert two.requests[0].end_ps == handed + step
+    assert two.requests[1].end_ps == max(second, handed + step) + Clock().duration(1, 1, 81, 0, 1)
+
+
+def test_without_room_at_the_decode_unit_the_cache_waits_where_it_is() -> None:
+    prefill, decode = unit("p", role="prefill"), unit("d", role="decode", max_num_seqs=1)
+    found = serve(requests_of([0, 0], [50, 50], [30, 30]), sizes_of(prefill), sizes_of(decode))
+    early, late = found.requests
+    assert late.end_ps - early.end_ps > 28 * 20 * MS
+    assert found.stages[2].area_ps > 28 * 20 * MS
+
+
+def test_a_slow_device_slows_iterations_while_it_lasts() -> None:
+    policy = Fake()
+    fault = Fault(at_s=0.1, until_s=0.3, unit="u", rank=1, kind="slow_device", factor=3)
+    found = serve(requests_of([0], [10], [40]), sizes_of(unit(ranks=2)), policy=policy, faults=(fault,))
+    log = found.log.columns()
+    lasts = (log["end_ps"] - log["start_ps"]) / 20e9
+    inside = (log["start_ps"] > 0.12 * PS_PER_S) & (log["end_ps"] < 0.3 * PS_PER_S)
+    outside = (log["start_ps"] > 0.38 * PS_PER_S) | (log["end_ps"] < 0.1 * PS_PER_S)
+    assert (lasts[inside] > 2.9).all() and inside.any() and (lasts[outside] < 1.1).all()
+    assert [state.slow_devices for state in policy.states] == [(), ((1, 3.0),), ()]
+
+
+def test_a_death_stops_the_group_and_its_requests_are_computed_again() -> None:
+    fault = Fault(at_s=0.1, unit="u", rank=1, kind="dead_rank", recovery_s=2.0, load_bytes_per_s=4e9)
+    one = unit(ranks=2, load_balance_method="round_robin")
+    found = serve(requests_of([0, 0], [10, 10], [40, 40]), sizes_of(one), faults=(fault,))
+    stayed, moved = found.requests
+    assert (stayed.retries, moved.retries, moved.place) == (0, 1, 0)
+    (row,) = found.faults
+    assert (row["paused_s"], row["retried"], row["alive_share"], row["loaded_experts"]) == (3.0, 1, 0.75, 2)
+    log = found.log.columns()
+    assert int(np.diff(np.stack([log["end_ps"][:-1], log["start_ps"][1:]]), axis=0).max()) == 3 * PS_PER_S
+    assert stayed.end_ps > 3 * PS_PER_S
+
+
+def test_a_move_stalls_every_iteration_by_one_chunk() -> None:
+    policy = Fake(rebalance=Rebalance(interval_s=0.1, solver_s=0.01))
+    policy.chunks_ps = (3 * MS, 4 * MS)
+    clock = Clock()
+    found = serve(requests_of([0], [10], [9]), sizes_of(unit()), policy=policy)
+    plain = serve(requests_of([0], [10], [9]), sizes_of(unit()), policy=Fake(clock))
+    assert found.requests[0].end_ps - plain.requests[0].end_ps == (10 + 3 + 4) * MS
+    (row,) = found.rebalances
+    assert row["done"] and row["added_s"] == pytest.approx(0.017) and row["transfer_s"] == pytest.approx(0.007)
+    tokens, ages = policy.plans[0]
+    assert tokens.shape == (1, 3) and ages.tolist() == [0.0]
+    assert tokens[0, 0] == 10 + 4  # the prompt, and a decode in each of the four iterations begun since
+
+
+def test_a_move_in_the_background_shares_the_ports() -> None:
+    policy = Fake(rebalance=Rebalance(interval_s=0.1, transfer="background"))
+    policy.chunks_ps = (30 * MS,)
+    found = serve(requests_of([0], [10], [9]), sizes_of(unit()), policy=policy)
+    plain = serve(requests_of([0], [10], [9]), sizes_of(unit()))
+    # half of an iteration communicates, and that takes twice as long for 30 ms of iterations
+    assert found.requests[0].end_ps - plain.requests[0].end_ps == pytest.approx(15 * MS, rel=1e-6)
+
+
+@given(st.integers(0, 2**32), st.integers(2, 6), st.integers(1, 3), st.integers(0, 2), st.data())
+def test_what_a_death_leaves_is_placed_again(seed: int, ranks: int, per: int, extra: int, data: st.DataObject) -> None:
+    draw = stream(seed, "test", "without")
+    experts = ranks * per
+    maps = np.stack([draw.permutation(np.arange(ranks * (per + extra)) % experts) for _ in range(3)]).astype(np.int32)
+    dead = tuple(sorted(data.draw(st.sets(st.integers(0, ranks - 1), min_size=1, max_size=ranks - 1))))
+    found, lost = without(maps, dead, ranks, experts)
+    held = found.reshape(3, ranks, -1)
+    assert (held[:, list(dead)] == -1).all()
+    for layer, before in zip(held, maps.reshape(3, ranks, -1), strict=True):
+        assert set(layer[layer >= 0].tolist()) == set(range(experts))
+        alive = np.delete(before, list(dead), axis=0)
+        assert lost >= experts - len(set(alive.ravel().tolist()))
+    if not extra:
+        assert lost == 3 * per * len(dead)
+    again, more = without(found, dead, ranks, experts)
+    assert more == 0 and np.array_equal(again, found)
+    assert (replica_counts(np.where(found < 0, experts, found), experts + 1)[:, :experts] >= 1).all()
+
+
+# Tables and metrics
+
+
+def test_tables_say_what_happened() -> None:
+    requests = requests_of([0, 2 * 10**11, 5 * 10**11], [100, 100, 100], [11, 1, 11])
+    run = world(requests, (sizes_of(unit(ranks=2)),), slo=Slo(ttft_s=0.05), warmup_s=0.1)
+    found = run.run()
+    tables = Tables(found, run.serving, ("a", "b", "c"), 3.6, {"policy": "x", "replica": 0}).all()
+    rows = tables["requests"]
+    assert rows["topic"] == ["a", "b", "c"] and rows["policy"] == ["x"] * 3
+    assert rows["e2e_s"][2] == (found.requests[2].end_ps - 5 * 10**11) / PS_PER_S
+    assert np.isnan(rows["tpot_s"][1])
+    service = {name: column[0] for name, column in tables["service"].items()}
+    assert service["requests"] == 2 and service["goodput_share"] == 1.0
+    assert service["ttft_mean_s"] == np.mean(rows["ttft_s"][1:])
+    given_ = sum(row[9] for row in found.log.rows if row[2] > 10**11)
+    assert service["output_tokens_per_s_per_gpu"] == pytest.approx(given_ / 0.9 / 2)
+    assert service["usd_per_million_output"] == pytest.approx(2 * 0.9 / 3600 * 3.6 / given_ * 1e6)
+    assert sum(tables["timeline"]["output_tokens_per_s"]) / 100 == pytest.approx(23)
+    assert tables["units"]["unit"] == ["u"]
+
+
+def test_spreads_bins_and_goals() -> None:
+    values = np.array([5.0, 1.0, 3.0])
+    assert weighted_spread(values, np.array([1.0, 1.0, 2.0])) == {"mean": 3.0, "p50": 3.0, "p90": 5.0, "p99": 5.0}
+    assert np.isnan(spread(values[:0])["p99"]) and np.isnan(weighted_spread(values, np.zeros(3))["mean"])
+    parts = binned(np.array([0, 10]), np.array([4, 20]), np.array([2.0, 1.0]), np.array([0, 2, 15, 40]))
+    assert parts.tolist() == [4.0, 9.0, 5.0]
+    kept = meets(np.array([1.0, 3.0]), np.array([np.nan, 0.1]), np.array([9.0, 9.0]), (2.0, 0.2, None))
+    assert kept.tolist() == [True, False]
+
+
+def test_gaps_between_tokens_are_counted_for_every_token() -> None:
+    """Every token but a request's first has one gap, and the gaps of a request sum to what its tokens took."""
+    draw = stream(0, "test", "gaps")
+    arrival = np.cumsum(draw.integers(1, 30 * MS, 80)).tolist()
+    inputs, outputs = draw.integers(1, 60, 80).tolist(), draw.integers(1, 40, 80).tolist()
+    for chunked in (True, False):
+        one = unit(block_size=4, chunked_prefill=chunked)
+        found = serve(requests_of(arrival, inputs, outputs), sizes_of(one, 40))
+        gaps, weights = found.log.token_gaps()
+        assert weights.sum() == sum(outputs) - 80
+        assert (gaps * weights).sum() == sum(r.end_ps - r.first_ps for r in found.requests)
+        assert sum(r.preemptions for r in found.requests) > 0
