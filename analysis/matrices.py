@@ -29,6 +29,7 @@ from analysis.style import (
     policy_named,
     policy_names,
     prefixed,
+    rank_ticks,
     wrapped,
 )
 from sim.results import Result
@@ -85,7 +86,7 @@ def _maps(result: Result, found: dict[str, F64], what: str, width_in: float, *, 
     scale, unit = prefixed(most, "B")
     rows, columns = panels(len(found), width_in)
     panel_in = min(3.0, (width_in - 1.15) / columns - 0.15)
-    fits = numbers and panel_in / max(len(matrix) for matrix in found.values()) >= 0.26
+    fits = numbers and panel_in / max(len(matrix) for matrix in found.values()) >= 0.23
     titles = {name: wrapped(name, max(12, int(13 * panel_in))) for name in found}
     title_in = 0.14 * (1 + max(title.count("\n") for title in titles.values()))
     with plt.rc_context(STYLE):
@@ -110,8 +111,10 @@ def _maps(result: Result, found: dict[str, F64], what: str, width_in: float, *, 
             axis.tick_params(labelsize=8, length=2)
             for ticks in (axis.xaxis, axis.yaxis):
                 ticks.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
-            if i + columns < len(found):
-                axis.tick_params(labelbottom=len({m.shape for m in found.values()}) > 1)
+            alike = len({m.shape for m in found.values()}) == 1
+            axis.tick_params(
+                labelbottom=i + columns >= len(found) or not alike, labelleft=i % columns == 0 or not alike
+            )
         for axis in axes.flat[len(found) :]:
             axis.set_visible(False)
         figure.supxlabel(f"receiving {what} [index]", fontsize=9)
@@ -127,7 +130,7 @@ def _write(axis: Axes, matrix: F64, most: float) -> None:
     digits = 0 if most >= 100 else 1 if most >= 10 else 2
     for (row, column), value in np.ndenumerate(matrix):
         colour = "black" if value > 0.6 * most else "white"
-        axis.text(column, row, f"{value:.{digits}f}", ha="center", va="center", fontsize=6.5, color=colour)
+        axis.text(column, row, f"{value:.{digits}f}", ha="center", va="center", fontsize=6, color=colour)
 
 
 def _ranks_per_node(result: Result, name: str) -> int:
@@ -137,12 +140,13 @@ def _ranks_per_node(result: Result, name: str) -> int:
 
 def link_load(result: Result, *, width_in: float = WIDTH_IN) -> Figure:
     """Draw how long each link is busy with a step's bytes, one panel per class of links, sorted from the busiest; mean over
-    replicas of the sorted times. A flat line is a balanced class; the highest point is the least time of an exchange.
+    replicas of the sorted times. A flat line is a balanced class; no exchange is faster than the highest point. Classes
+    without traffic are left out.
 
     Raises ValueError without recorded traffic.
     """
     table = filled(result, "links", ("policy", "replica", "link_kind", "busy_s"), TRAFFIC)
-    kinds = list(dict.fromkeys(table.link_kind))
+    kinds = list(dict.fromkeys(table.link_kind[table.busy_s > 0]))
     names = [name for name in policy_names(result) if (table.policy == name).any()]
     scale, unit = prefixed(float(table.busy_s.max()), "s")
     rows, columns = panels(len(kinds), width_in)
@@ -165,7 +169,7 @@ def link_load(result: Result, *, width_in: float = WIDTH_IN) -> Figure:
                     axis.plot(np.arange(1, len(busy) + 1), busy, **line_style(i, len(names)))
             axis.set_title(f"{kind} links", fontsize=8)
             axis.set_xlabel("link [rank by load]")
-            axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+            rank_ticks(axis, len(busy))
         for axis in axes.flat[len(kinds) :]:
             axis.set_visible(False)
         axes[0, 0].set_ylim(bottom=0)

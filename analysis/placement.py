@@ -36,6 +36,7 @@ from analysis.style import (
     policy_named,
     policy_names,
     prefixed,
+    rank_ticks,
     row_in,
     wrapped,
 )
@@ -73,7 +74,7 @@ def rank_loads(result: Result, *, width_in: float = WIDTH_IN) -> Figure:
     handles = [Line2D([], [], **line_style(i, len(names))) for i in range(len(names))]
     handles.append(Line2D([], [], color=FLOOR, linestyle=":"))
     handles.append(Line2D([], [], color=FLOOR, linestyle="", **HOLLOW))
-    known = [*names, "uniform gate", "busiest rank of a layer"]
+    known = [*names, "uniform gate", "busiest of one layer"]
     _, legend_in = legend_shape(known, width_in)
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(
@@ -88,7 +89,7 @@ def rank_loads(result: Result, *, width_in: float = WIDTH_IN) -> Figure:
             axis.plot(np.arange(1, len(floor) + 1), floor, color=FLOOR, linestyle=":")
         axis.set_xlabel("rank [by load]")
         axis.set_ylabel("expert tokens [mean = 1]")
-        axis.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
+        rank_ticks(axis, ranks)
         axis.set_ylim(bottom=min(0.8, axis.get_ylim()[0]))
         axis.set_xlim(1 - 0.04 * ranks, ranks + 0.02 * ranks)
         legend_below(figure, handles, known)
@@ -122,13 +123,17 @@ def redundancy(result: Result, *, width_in: float = WIDTH_IN) -> Figure:
     its fullest unit has room for. Raises ValueError if all policies have equally many redundant experts.
     """
     scenario = result.scenario
-    if len({policy.placement.num_redundant_experts for policy in scenario.policies}) < 2:
+    counts = sorted({policy.placement.num_redundant_experts for policy in scenario.policies})
+    if len(counts) < 2:
         raise ValueError("policies do not differ in placement.num_redundant_experts")
     panels = _served(result) if scenario.serving else _stepped(result)
     series = _series(scenario.policies)
     wide = width_in > COLUMN_IN
     _, legend_in = legend_shape(list(series), width_in)
-    aside = 0.02 * max(policy.placement.num_redundant_experts for policy in scenario.policies)
+    aside, ticks = 0.02 * counts[-1], counts[:1]
+    for count in counts[1:]:
+        if count - ticks[-1] >= counts[-1] / 6:
+            ticks.append(count)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             1 if wide else len(panels),
@@ -158,7 +163,7 @@ def redundancy(result: Result, *, width_in: float = WIDTH_IN) -> Figure:
                 )
             axis.set_ylabel(label)
             axis.margins(y=0.12)
-            axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            axis.set_xticks(ticks)
             axis.yaxis.set_major_locator(MaxNLocator(4))
             if not data["mean"].notna().any():
                 axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", va="center", color=FLOOR)
@@ -243,7 +248,7 @@ def rebalancing(result: Result, *, width_in: float = WIDTH_IN) -> Figure:
         moved=table.moved_bytes.astype(float).fillna(0.0) > 0,
     )
     names = policy_names(result)
-    labels = [wrapped(name, 26 if width_in > COLUMN_IN else 16) for name in names]
+    labels = [wrapped(name, 26 if width_in > COLUMN_IN else 18) for name in names]
     bars_in = row_in(labels) * len(names) + 0.1
     lines_in = 2.0 if width_in > COLUMN_IN else 1.7
     scale, unit = prefixed(float(table.total_s.max()), "s")

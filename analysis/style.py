@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
@@ -112,6 +113,11 @@ def canvas(ax: Axes | None, height_in: float, width_in: float = WIDTH_IN) -> tup
     return figure, ax
 
 
+def rank_ticks(axis: Axes, n: int) -> None:
+    """Number ranks from 1 to ``n`` on the x axis, at five places."""
+    axis.set_xticks(np.unique(np.linspace(1, n, 5).round()))
+
+
 def panels(n: int, width_in: float) -> tuple[int, int]:
     """Return the rows and columns of ``n`` panels: up to four beside each other on a page's width, two on a column's."""
     rows = -(-n // (4 if width_in > COLUMN_IN else 2))
@@ -122,7 +128,7 @@ def legend_shape(names: Sequence[str], width_in: float) -> tuple[int, float]:
     """Return the columns in which a legend of ``names`` fits, and its height [inches]."""
     labels = [wrapped(name, LEGEND_CHARACTERS) for name in names]
     longest = max(len(line) for label in labels for line in label.split("\n"))
-    columns = min(len(names), max(1, int(width_in / (0.55 + 0.065 * longest))))
+    columns = min(len(names), max(1, int(width_in / (0.45 + 0.06 * longest))))
     lines = max(label.count("\n") + 1 for label in labels)
     return columns, 0.1 + 0.17 * lines * -(-len(names) // columns)
 

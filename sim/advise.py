@@ -38,10 +38,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--redundant", metavar="N,N,...", help="redundant experts to try, multiples of the EP size (default: 0, 1, 2 and 4 per rank)")  # fmt: skip
     p.add_argument("--tokens-per-rank", type=int, metavar="N", help="batch of one rank (default: 128 in decode, 8192 in prefill, less where the trace is short)")  # fmt: skip
     p.add_argument("--interval", type=int, metavar="STEPS", help="steps between two rebalances, such as vLLM's 3000 or SGLang's 1000 (default: ten times what repays one, if plans last)")  # fmt: skip
-    p.add_argument("--other-ms", type=float, default=0.0, metavar="MS", help="milliseconds of a step outside the MoE part: attention and all else (default: 0)")  # fmt: skip
+    p.add_argument("--other-ms", type=float, metavar="MS", help="milliseconds of a step outside the MoE part: attention and all else (default: by the cost laws)")  # fmt: skip
     p.add_argument("--solver-s", type=float, default=1.0, metavar="S", help="host seconds of making a plan and preparing its moves (default: 1, SGLang issue 7879; vLLM issue 37656 has 0.004 to 0.035 for the solver alone)")  # fmt: skip
     p.add_argument("--background", action="store_true", help="plan and move beside serving (vLLM use_async) instead of stalling it")  # fmt: skip
-    p.add_argument("--context", type=int, default=4096, metavar="TOKENS", help="cached tokens of a decoding request (default: 4096)")  # fmt: skip
+    p.add_argument("--context", type=int, default=4096, metavar="TOKENS", help="cached tokens of a decoding request, and length of a prompt (default: 4096)")  # fmt: skip
     p.add_argument("--least-gain", type=float, default=1.0, metavar="PERCENT", help="net saving below which it is not worth it (default: 1)")  # fmt: skip
     p.add_argument(
         "--layers", type=int, default=8, metavar="N", help="MoE layers to look at, evenly spread (default: 8)"
@@ -78,7 +78,7 @@ def _main(args: argparse.Namespace) -> int:
     redundant = fitting_redundant(experts, ep_size) if args.redundant is None else _numbers(args.redundant)
     check_redundant(redundant, experts, ep_size)
     setup = Setup(
-        given.model, given.cluster, given.cost, ep_size, args.other_ms / 1e3, args.solver_s, not args.background, args.context,
+        given.model, given.cluster, given.cost, ep_size, None if args.other_ms is None else args.other_ms / 1e3, args.solver_s, not args.background, args.context,
         args.interval, args.least_gain / 100, args.seed,
     )  # fmt: skip
     sections, phases = [], []
@@ -108,7 +108,7 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least} [got {value}]")
     for name in ("other_ms", "solver_s", "least_gain"):
         value = getattr(args, name)
-        if not (math.isfinite(value) and value >= 0):
+        if value is not None and not (math.isfinite(value) and value >= 0):
             raise ValueError(f"--{name.replace('_', '-')} must be a number of at least 0 [got {value}]")
 
 

@@ -22,6 +22,7 @@ from sim.advice.guess import cost_of, ep_size_of, load, model_of
 from sim.advice.options import BASELINE, check_redundant, fitting_redundant, options
 from sim.advice.placement import REPAID, _every, _replanned, _tail, judge
 from sim.advice.report import section
+from sim.advice.rest import rest_s
 from sim.advice.verdict import verdict
 from sim.cluster import Cluster
 from sim.exchange import dispatch_layout
@@ -68,7 +69,12 @@ def saved(trace: RecordedTrace, path: Path) -> str:
 def setup(**changes: Any) -> Setup:
     cluster = load(Cluster, "h100", SCENARIOS / "clusters", "--cluster")
     model = load(Model, "deepseek_moe_16b", SCENARIOS / "models", "--model")
-    return Setup(**({"model": model, "cluster": cluster, "cost": cost_of(cluster.device), "ep_size": EP} | changes))
+    return Setup(
+        **(
+            {"model": model, "cluster": cluster, "cost": cost_of(cluster.device), "ep_size": EP, "other_s": 0.0}
+            | changes
+        )
+    )
 
 
 @functools.cache
@@ -260,6 +266,19 @@ def test_a_model_that_does_not_fit_is_said_to() -> None:
     assert "does not fit" in section(where, made, "decode", found, verdict(where, made, found))
 
 
+def test_the_rest_of_a_step_grows_with_tokens_and_context() -> None:
+    model = load(Model, "deepseek_v3", SCENARIOS / "models", "--model")
+    short, long = (setup(model=model, context=context) for context in (1024, 8192))
+    for phase in ("decode", "prefill"):
+        assert rest_s(short, phase, 64) < rest_s(long, phase, 64) or phase == "prefill"  # type: ignore[arg-type]
+        assert rest_s(long, phase, 64) < rest_s(long, phase, 8192)  # type: ignore[arg-type]
+    # 8,192 tokens: some 30 GFLOP each outside the routed experts, at 40 to 100 % of a PFLOP/s and a half.
+    assert 0.15 < rest_s(long, "prefill", 8192) < 1.0
+    stated, by_law = (advised(18, 64, 1.0, other_s=value)[2] for value in (0.01, None))
+    assert stated.other_s == 0.01 and by_law.other_s == pytest.approx(rest_s(setup(), "decode", 64))
+    assert stated.base_s - 0.01 == pytest.approx(by_law.base_s - by_law.other_s)
+
+
 def test_batches_use_every_token_once_and_windows_keep_theirs() -> None:
     trace = traffic(20, 8, skew=1.0)
     for phase in ("prefill", "decode"):
@@ -327,6 +346,8 @@ def test_biased_puts_the_hottest_everywhere_and_everyone_somewhere(
     )
     counts = replica_counts(maps, slots.n_routed_experts)
     assert maps.shape == (2, slots.n_slots) and (counts >= 1).all()
+    again = Biased(num_redundant_experts=slots.num_redundant_experts)
+    assert np.array_equal(again.place(slots, Observed(2 * load), np.random.default_rng(1)), maps)
     for layer in range(2):
         by_rank = maps[layer].reshape(ranks, -1)
         for expert in np.argsort(-load[0, layer])[: slots.num_redundant_experts // ranks]:
@@ -368,7 +389,18 @@ def asked(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str
 
 def test_text_begins_with_the_verdict(steady: str, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, err = asked(
-        capsys, steady, "--phase", "decode", "--tokens-per-rank", "16", "--redundant", "0,8", "--layers", "1"
+        capsys,
+        steady,
+        "--phase",
+        "decode",
+        "--tokens-per-rank",
+        "16",
+        "--redundant",
+        "0,8",
+        "--layers",
+        "1",
+        "--other-ms",
+        "0",
     )
     lines = out.splitlines()
     assert status == 0 and err == ""

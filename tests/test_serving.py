@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from sim.conservation import ConservationError
 from sim.deployment import Fault, Slo
 from sim.engine.serving import Finished
+from sim.engine.serving.cache import Blocks
 from sim.engine.serving.experts import without
+from sim.engine.serving.request import Request
 from sim.engine.serving.tables import Tables
 from sim.metrics.serving import binned, meets, spread, weighted_spread
 from sim.placement import replica_counts
@@ -272,6 +274,44 @@ def test_prefixes_that_continue_each_other_share_their_beginning() -> None:
     assert requests.reusable_tokens().tolist() == [0, 8, 18]  # whole blocks only
 
 
+@given(st.integers(4, 14), st.lists(st.tuples(st.integers(0, 5), st.integers(1, 20), st.integers(0, 4)), max_size=40))
+def test_blocks_are_neither_lost_nor_given_twice(capacity: int, moves: list[tuple[int, int, int]]) -> None:
+    """Requests come, have their prompt computed and leave in any order, beginning with one of three chains of prefixes."""
+    blocks = Blocks(1, capacity, 2, caching=True)
+    inside: list[Request] = []
+    for number, (what, tokens, prefix) in enumerate(moves):
+        if what < 3:
+            spans = [
+                (key, 6 * i, min(6 * i + 6, tokens - 1)) for i, key in enumerate((9, prefix)) if tokens > 6 * i + 1
+            ]
+            request = Request(number, 0, tokens, 1, 0, tuple(spans) if prefix < 3 else ())
+            if blocks.admit(0, request):
+                inside.append(request)
+                assert request.computed < request.prompt
+                assert request.own + request.computed // 2 == blocks.of(tokens)
+        elif inside and what < 5:
+            blocks.keep(0, inside[tokens % len(inside)])
+        elif inside:
+            blocks.release(0, inside.pop(tokens % len(inside)))
+        known = blocks._prefixes[0].values()
+        assert int(blocks.used[0]) == sum(r.own for r in inside) + sum(p.pinned for p in known)
+        assert int(blocks.idle[0]) == sum(p.blocks - p.pinned for p in known)
+        assert (
+            blocks.used[0] + blocks.idle[0] <= capacity and min(r.own for r in [*inside, Request(0, 0, 1, 1, 0)]) >= 0
+        )
+        assert all(p.blocks >= p.pinned >= 0 and (p.users > 0 or not p.pinned) for p in known)
+
+
+@pytest.mark.parametrize(
+    ("method", "places"),
+    [("round_robin", [0, 1, 2, 0]), ("shortest_queue", [0, 1, 2, 0]), ("fewest_tokens", [0, 1, 2, 1])],
+)
+def test_the_router_looks_at_what_it_is_told_to(method: str, places: list[int]) -> None:
+    one = unit(ranks=3, load_balance_method=method)
+    found = serve(requests_of([0, 1, 2, 3], [90, 20, 60, 10], [50] * 4), sizes_of(one))
+    assert [request.place for request in found.requests] == places
+
+
 def test_a_request_that_fits_nowhere_is_refused_and_so_is_one_behind_a_full_queue() -> None:
     found = serve(requests_of([0, 1], [100, 10], [1, 5]), sizes_of(unit(block_size=10), 3))
     assert [request.refused for request in found.requests] == [True, False]
@@ -289,12 +329,11 @@ def test_cache_is_handed_over_at_the_ports_rate_one_after_the_other() -> None:
     handed = first + int(to_ps(50 * 1000 / 1e9)) + 3 * US
     steps = clock.duration(1, 1, 51, 0, 1) + clock.duration(1, 1, 52, 0, 1)
     assert ends(found) == [handed + steps, first]
-    two = serve(requests_of([0, 0], [50, 80], [2, 2]), sizes_of(prefill), sizes_of(decode))
-    assert two.requests[1].end_ps > two.requests[0].end_ps
-    second = first + int(to_ps(50 * 1000 / 1e9)) + int(to_ps(80 * 1000 / 1e9)) + 3 * US
-    step = Clock().duration(1, 1, 51, 0, 1)
-    assert two.requests[0].end_ps == handed + step
-    assert two.requests[1].end_ps == max(second, handed + step) + Clock().duration(1, 1, 81, 0, 1)
+    slow = sizes_of(prefill, rate=1e6), sizes_of(decode, rate=1e6)
+    early, late = serve(requests_of([0, 0], [50, 80], [2, 2]), *slow).requests
+    step = clock.duration(1, 1, 51, 0, 1)
+    assert early.end_ps == first + 50 * MS + 3 * US + step
+    assert late.end_ps == first + (50 + 80) * MS + 3 * US + clock.duration(1, 1, 81, 0, 1)
 
 
 def test_without_room_at_the_decode_unit_the_cache_waits_where_it_is() -> None:

@@ -21,7 +21,7 @@ Verdict = Literal["worth it", "not worth it", "not enough evidence"]
 class Setup:
     """What is served on what.
 
-    other_s: seconds of a step outside dispatch, experts and combine. solver_s: of making a plan. stall: whether serving
+    other_s: seconds of a step outside dispatch, experts and combine, None: what the cost laws say. solver_s: of making a plan. stall: whether serving
     waits for plan and moves, or both happen beside it. context: mean tokens of cache per request, in decode. interval:
     steps between two plans, None: what the traffic suggests. least_gain: share of a step below which a saving is not worth
     the trouble.
@@ -31,7 +31,7 @@ class Setup:
     cluster: Cluster
     cost: Cost
     ep_size: int
-    other_s: float = 0.0
+    other_s: float | None = None
     solver_s: float = 1.0
     stall: bool = True
     context: int = 4096

@@ -77,7 +77,7 @@ def fitting_tokens(n_tokens: int, ep_size: int, phase: Serving) -> int:
     """Return the largest power of two of tokens per rank, at most a typical batch's, of which B holds 120 batches.
 
     >>> fitting_tokens(39_590, 8, "decode"), fitting_tokens(10**9, 8, "prefill"), fitting_tokens(100, 8, "decode")
-    (32, 8192, 8)
+    (16, 8192, 8)
     """
     tokens = TYPICAL[phase]
     while tokens > _LEAST[phase] and n_tokens * 2 // 3 < _WANTED * ep_size * tokens:

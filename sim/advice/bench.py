@@ -11,6 +11,7 @@ from sim.advice import Serving, Setup, costs
 from sim.advice.batches import Batches
 from sim.advice.clock import Clock
 from sim.advice.options import BASELINE, Option, rank_imbalance
+from sim.advice.rest import rest_s
 from sim.slots import Slots
 from sim.tokens import F64, I32
 
@@ -33,6 +34,7 @@ class Bench:
         self.like = Slots(
             batches.n_routed_experts, setup.ep_size, 0, self.clock.network.ranks_per_node, setup.model.n_group or 1
         )
+        self.other_s = rest_s(setup, phase, batches.tokens_per_rank) if setup.other_s is None else setup.other_s
         self._timed: dict[tuple[str, bytes, int], Times] = {}
         self.without = self.cache(BASELINE)
 
@@ -53,8 +55,8 @@ class Bench:
                 self.clock.step(self.batches.batch(number), maps, slots, option.replicas)
                 for number in self.batches.judged(window)
             ]
-            step_s = np.array([one.layer_s.mean() for one in each]) * layers + self.setup.other_s
-            busy_s = np.array([one.experts_s.mean() for one in each]) * layers + self.setup.other_s
+            step_s = np.array([one.layer_s.mean() for one in each]) * layers + self.other_s
+            busy_s = np.array([one.experts_s.mean() for one in each]) * layers + self.other_s
             self._timed[key] = Times(step_s, np.array([rank_imbalance(one.pairs) for one in each]), 1 - busy_s / step_s)
         return self._timed[key]
 

@@ -58,10 +58,10 @@ class Every:
 class Judged:
     """What window B shows.
 
-    planned, batches: of windows A and B. base_s, base_imbalance, base_cache: without a balancer. chosen: the row that did
-    best inside window A. interval: steps between rebalances, asked for or the best that B speaks for. net: the chosen row's
-    saving after costs at that interval. times: autocorrelation times of that saving within B. aged: how its plans age;
-    tail: what the oldest save. every: intervals that compete.
+    planned, batches: of windows A and B. base_s, base_imbalance, base_cache: without a balancer. other_s: of a step outside
+    the experts' part. chosen: the row that did best inside window A. interval: steps between rebalances, asked for or the
+    best that B speaks for. net: the chosen row's saving after costs at that interval. times: autocorrelation times of that
+    saving within B. aged: how its plans age; tail: what the oldest save. every: intervals that compete.
     """
 
     planned: int
@@ -69,6 +69,7 @@ class Judged:
     base_s: float
     base_imbalance: float
     base_cache: costs.Cache
+    other_s: float
     rows: tuple[Row, ...]
     chosen: Row
     interval: int
@@ -111,6 +112,7 @@ def judge(setup: Setup, batches: Batches, phase: Serving, redundant: Sequence[in
         base_s=mean_s,
         base_imbalance=float(base.imbalance.mean()),
         base_cache=bench.without,
+        other_s=bench.other_s,
         rows=tuple(rows),
         chosen=chosen,
         interval=interval,

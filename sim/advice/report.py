@@ -29,8 +29,8 @@ def section(setup: Setup, batches: Batches, phase: Serving, found: Judged | None
             *(f"  {sentence}" for sentence in _how_often(batches, found)),
             "",
             *(f"  {line}" for line in grid(_HEAD, table)),
-            f"  planned on {found.planned} batches of {batches.size:,} tokens ({setup.ep_size} ranks), judged on "
-            f"{found.batches} later ones; * best within the former",
+            f"  of each step {human(found.other_s, 's')} are not the experts' part; planned on {found.planned} batches of "
+            f"{batches.size:,} tokens ({setup.ep_size} ranks), judged on {found.batches} later ones; * best within the former",
         ]
     )
 
@@ -103,6 +103,7 @@ def as_data(batches: Batches, phase: Serving, found: Judged | None, answer: tupl
         "independent_batches": _finite(found.times),
         "baseline": {
             "step_s": found.base_s,
+            "other_s": found.other_s,
             "rank_imbalance": found.base_imbalance,
             "cache_tokens_per_rank": found.base_cache.tokens,
             "batch_share": found.base_cache.batch_share,
@@ -143,7 +144,9 @@ def _finite(value: float) -> float | None:
 
 def assumptions(setup: Setup, notes: Sequence[str]) -> list[str]:
     """Return what a reader must know that is not in the traffic, one sentence each."""
-    other = f"{1e3 * setup.other_s:g} ms" if setup.other_s else "nothing else: shares are of the MoE part alone"
+    rest = "attention, shared experts, dense layers and head by the same laws"
+    if setup.other_s is not None:
+        rest = f"{1e3 * setup.other_s:g} ms"
     if setup.stall:
         one = f"a rebalance stalls serving: {human(setup.solver_s, 's')} on the host, then the moves, layer after layer"
     else:
@@ -152,8 +155,9 @@ def assumptions(setup: Setup, notes: Sequence[str]) -> list[str]:
         *notes,
         f"{setup.cluster.device.name}, experts in {setup.cost.gemm_dtype}; cost laws {setup.cost.compute.kind} and "
         f"{setup.cost.communication.kind}; DeepEP's normal kernels in prefill, its low-latency ones in decode",
-        f"a step is {setup.model.n_moe_layers} MoE layers like those recorded, and {other}",
+        f"a step is {setup.model.n_moe_layers} MoE layers like those recorded, and {rest}",
         one,
         "later traffic is like window B, and plans older than it save what the oldest ones there do",
-        f"a decoding request holds {setup.context:,} tokens of cache; requests that replicas displace make no step shorter",
+        f"a decoding request holds {setup.context:,} tokens of cache, a prompt has as many; requests that replicas displace "
+        "make no step shorter",
     ]
