@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 import sim
+from analysis import placement, serving
 from analysis.style import (
     FLOOR,
     MARKERS,
@@ -342,6 +343,8 @@ FIGURES: dict[str, Callable[[Result], Figure]] = {
     "max_vio_over_steps": max_vio_over_steps,
     "step_breakdown": step_breakdown,
 }
+ALL = FIGURES | placement.FIGURES | serving.FIGURES
+"""Also those of `analysis.placement` and `analysis.serving`, which need runs of their kind."""
 
 
 def read(folder: str | os.PathLike[str]) -> Result:
@@ -362,7 +365,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m analysis.figures", description=main.__doc__)
     parser.add_argument("source", metavar="RUN_FOLDER_OR_SCENARIO", help="results/<scenario>/<run> or a scenario YAML")
     parser.add_argument("out", metavar="OUT", help="file to write: .png, .pdf or .svg")
-    parser.add_argument("--figure", choices=FIGURES, default="tradeoff", help="default: %(default)s")
+    parser.add_argument("--figure", choices=ALL, default="tradeoff", help="default: %(default)s")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="change one value of the scenario (repeatable)")  # fmt: skip
     args = parser.parse_args(argv)
     stored = Path(args.source).is_dir()
@@ -370,9 +373,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--set changes a scenario that is yet to run, not a stored run")
     try:
         result = read(args.source) if stored else sim.run(args.source, overrides=args.overrides, jobs=None)
-        FIGURES[args.figure](result).savefig(args.out, dpi=200)
+        ALL[args.figure](result).savefig(args.out, dpi=200)
     except (OSError, ValueError, sim.ScenarioError, TooBig) as error:
         print(f"{args.source}: {error}", file=sys.stderr)
+        return 2
+    except KeyError as error:
+        print(f"{args.source}: this run has no {args.figure}: {error.args[0]}", file=sys.stderr)
         return 2
     return 0
 

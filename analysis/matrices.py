@@ -17,6 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from analysis.style import (
+    COLUMN_IN,
     STYLE,
     WIDTH_IN,
     asked_policies,
@@ -54,7 +55,8 @@ def device_matrix(
 def node_matrix(
     result: Result, policies: Sequence[str] | str | None = None, *, replica: int = 0, width_in: float = WIDTH_IN
 ) -> Figure:
-    """As `device_matrix` between nodes, as it crosses, with the numbers in the cells where they fit."""
+    """As `device_matrix` between nodes, as it crosses (normal mode: one copy per token and node), with the numbers in the
+    cells where they fit; the diagonal stays inside a node."""
     columns = ("source_node", "destination_node", "dispatch_bytes", "combine_bytes")
     found = _matrices(result, "node_pairs", columns, policies, replica)
     return _maps(result, found, "node", width_in, numbers=True)
@@ -143,11 +145,13 @@ def link_load(result: Result, *, width_in: float = WIDTH_IN) -> Figure:
     replicas of the sorted times. A flat line is a balanced class; no exchange is faster than the highest point. Classes
     without traffic are left out.
 
-    Raises ValueError without recorded traffic.
+    Raises ValueError without recorded traffic, or where there is none.
     """
     table = filled(result, "links", ("policy", "replica", "link_kind", "busy_s"), TRAFFIC)
     kinds = list(dict.fromkeys(table.link_kind[table.busy_s > 0]))
     names = [name for name in policy_names(result) if (table.policy == name).any()]
+    if not kinds:
+        raise ValueError("no link carries anything")
     scale, unit = prefixed(float(table.busy_s.max()), "s")
     rows, columns = panels(len(kinds), width_in)
     _, legend_in = legend_shape(names, width_in)
@@ -155,21 +159,23 @@ def link_load(result: Result, *, width_in: float = WIDTH_IN) -> Figure:
         figure, axes = plt.subplots(
             rows,
             columns,
-            figsize=(width_in, 0.3 + rows * (2.1 if width_in > 5 else 1.8) + legend_in),
+            figsize=(width_in, 0.3 + rows * (2.1 if width_in > COLUMN_IN else 1.8) + legend_in),
             sharey=True,
             squeeze=False,
             layout="constrained",
         )
         for axis, kind in zip(axes.flat, kinds, strict=False):
+            links = 1
             for i, name in enumerate(names):
                 mine = table[(table.policy == name) & (table.link_kind == kind)]
                 if len(mine):
                     by_replica = [np.sort(times.to_numpy(float))[::-1] for _, times in mine.groupby("replica").busy_s]
                     busy = np.mean(by_replica, axis=0) * scale
+                    links = max(links, len(busy))
                     axis.plot(np.arange(1, len(busy) + 1), busy, **line_style(i, len(names)))
             axis.set_title(f"{kind} links", fontsize=8)
             axis.set_xlabel("link [rank by load]")
-            rank_ticks(axis, len(busy))
+            rank_ticks(axis, links)
         for axis in axes.flat[len(kinds) :]:
             axis.set_visible(False)
         axes[0, 0].set_ylim(bottom=0)

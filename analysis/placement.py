@@ -186,14 +186,14 @@ def _stepped(result: Result) -> list[tuple[str, pd.DataFrame]]:
 def _served(result: Result) -> list[tuple[str, pd.DataFrame]]:
     units = filled(result, "units", ("policy", "kv_cache_tokens"), "it served no requests")
     room = units.groupby("policy").kv_cache_tokens.min()
-    scale, unit = prefixed(float(room.max()), "tokens")
+    scale, prefix = prefixed(float(room.max()), "")
     cache = pd.DataFrame({"mean": room * scale, "half_width": np.nan})
     decodes = by_policy(result, "tpot_mean_s")["mean"].notna().any()
     what = "output" if decodes else "input"
     return [
         ("imbalance of ranks\n[max/mean]", by_policy(result, "imbalance_mean")),
         (f"{what} [tokens/s/GPU]", by_policy(result, f"{what}_tokens_per_s_per_gpu")),
-        (f"KV cache of a rank\n[{unit}]", cache),
+        (f"KV cache of a rank\n[{prefix} tokens]", cache),
     ]
 
 

@@ -6,7 +6,7 @@ inches for a page's width, 3.4 for a column's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -43,6 +43,16 @@ SERVED = "run a scenario with a serving block"
 POINTS = 400
 # Largest over smallest time beyond which an axis is logarithmic.
 DECADES = 20.0
+ROWS = {
+    "queue": ("queue\n[requests]", 1.0),
+    "decoding": ("decoding\n[requests]", 1.0),
+    "kv": ("KV cache\n[% full]", 100.0),
+    "input_tokens_per_s": ("input\n[{}tokens/s]", 1.0),
+    "output_tokens_per_s": ("output\n[{}tokens/s]", 1.0),
+    "imbalance": ("imbalance\n[max/mean]", 1.0),
+}
+"""Columns of the timeline, with their labels and scales."""
+SHADE = "0.9"
 MOVED: Any = {"marker": "v", "markersize": 4}
 
 
@@ -127,72 +137,51 @@ def _slo(axis: Axes, limit: float, label: str) -> None:
 
 
 def over_time(result: Result, *, width_in: float = WIDTH_IN) -> Figure:
-    """Draw queue, running requests, occupied cache, token rates and imbalance of ranks over time, a column per serving
-    unit; mean over replicas. Triangles: experts have moved. Shaded: a fault.
+    """Draw queue, decoding requests, occupied cache, token rates and imbalance of ranks over time, a column per serving
+    unit; mean over replicas. Triangles: experts have moved, in some replica. Shaded: a fault.
 
     Rows in which no policy shows anything are left out. Raises ValueError without served requests.
     """
     serving = _serving(result)
-    rows = {
-        "queue": ("queue\n[requests]", 1.0),
-        "decoding": ("decoding\n[requests]", 1.0),
-        "kv": ("KV cache\n[% full]", 100.0),
-        "input_tokens_per_s": ("input\n[{} tokens/s]", 1.0),
-        "output_tokens_per_s": ("output\n[{} tokens/s]", 1.0),
-        "imbalance": ("imbalance\n[max/mean]", 1.0),
-    }
-    table = filled(result, "timeline", ("policy", "unit", "time_s", *rows), SERVED)
-    moves = pd.DataFrame(result.tables.get("rebalances") or {"done": []})
-    moves = moves[moves.done.astype(bool)]
-    shown = [column for column in rows if (table[column].fillna(0) > 0).any()]
+    table = filled(result, "timeline", ("policy", "unit", "time_s", *ROWS), SERVED)
+    shown = [column for column in ROWS if (table[column].fillna(0) > 0).any()]
     names, units = policy_names(result), list(dict.fromkeys(table.unit))
     clock_s, clock = (3600.0, "h") if serving.duration_s > 3 * 3600 else (1.0, "s")
-    mean = table.groupby(["unit", "policy", "time_s"])[shown].mean()
+    mean = table.assign(time=table.time_s / clock_s).groupby(["unit", "policy", "time"])[shown].mean()
+    moves = _moves(result)
     handles: list[Any] = [Line2D([], [], **line_style(i, len(names))) for i in range(len(names))]
     known = list(names)
     if len(moves):
         handles.append(Line2D([], [], linestyle="", color=FLOOR, **MOVED))
         known.append("experts moved")
     if serving.faults:
-        handles.append(Patch(color="0.9"))
+        handles.append(Patch(color=SHADE))
         known.append("fault")
-    _, legend_in = legend_shape(known, width_in)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             len(shown),
             len(units),
-            figsize=(width_in, 0.5 + 0.85 * len(shown) + legend_in),
+            figsize=(width_in, 0.5 + 0.85 * len(shown) + legend_shape(known, width_in)[1]),
             sharex=True,
             sharey="row",
             squeeze=False,
             layout="constrained",
         )
-        for row, column in enumerate(shown):
-            label, scale = rows[column]
+        for row, column in zip(axes, shown, strict=True):
+            label, scale = ROWS[column]
             if "{}" in label:
                 scale, prefix = prefixed(float(mean[column].max()), "")
-                label = label.format(prefix).replace("[ ", "[")
-            for axis, unit in zip(axes[row], units, strict=True):
-                for i, name in enumerate(names):
-                    if (unit, name) in mean.index:
-                        values = mean.loc[(unit, name), column] * scale
-                        axis.plot(
-                            values.index / clock_s,
-                            values,
-                            **line_style(i, len(names)) | {"linewidth": 1},
-                        )
-                        if column == "imbalance" and len(moves):
-                            mine = moves[(moves.policy == name) & (moves.unit == unit)]
-                            at = mine.effective_s.drop_duplicates().to_numpy(float)
-                            y = np.interp(at, values.index, values)
-                            axis.plot(at / clock_s, y, linestyle="", color=colours(len(names))[i], **MOVED)
-                for fault in serving.faults:
-                    if fault.unit == unit:
-                        end = serving.duration_s if fault.until_s is None else fault.until_s
-                        axis.axvspan(fault.at_s / clock_s, end / clock_s, color="0.9", linewidth=0, zorder=0)
+                label = label.format(f"{prefix} ".lstrip())
+            for axis, unit in zip(row, units, strict=True):
+                values = mean[column].loc[unit].unstack("policy") * scale
+                _curves(axis, values, names)
+                _faults(axis, serving, unit, clock_s)
+                if column == "imbalance":
+                    mine = moves[moves.unit == unit]
+                    _triangles(axis, values, {n: mine[mine.policy == n].effective_s / clock_s for n in names})
                 axis.yaxis.set_major_locator(MaxNLocator(3, min_n_ticks=2))
-            axes[row, 0].set_ylabel(label, fontsize=8)
-            axes[row, 0].set_ylim(bottom=1 if column == "imbalance" else 0)
+            row[0].set_ylabel(label, fontsize=8)
+            row[0].set_ylim(bottom=1 if column == "imbalance" else 0)
         for axis, unit in zip(axes[0], units, strict=True):
             axis.set_title(unit, fontsize=8)
         for axis in axes[-1]:
@@ -201,6 +190,35 @@ def over_time(result: Result, *, width_in: float = WIDTH_IN) -> Figure:
         figure.align_ylabels()
         legend_below(figure, handles, known)
     return finished(figure)
+
+
+def _moves(result: Result) -> pd.DataFrame:
+    """Return the rows of plans that moved experts before the run's end."""
+    columns = ("policy", "unit", "done", "effective_s")
+    table = pd.DataFrame(result.tables.get("rebalances") or {column: [] for column in columns})
+    return table[table.done.astype(bool) & (table.effective_s <= _serving(result).duration_s)]
+
+
+def _curves(axis: Axes, values: pd.DataFrame, names: Sequence[str]) -> None:
+    """Draw a line per policy; values [time, policy]."""
+    for i, name in enumerate(names):
+        axis.plot(values.index, values[name], **line_style(i, len(names)) | {"linewidth": 1})
+
+
+def _triangles(axis: Axes, values: pd.DataFrame, times: dict[str, pd.Series[float]]) -> None:
+    """Mark ``times`` by policy on their curves."""
+    for i, (name, moved) in enumerate(times.items()):
+        if len(moved):
+            at, mine = np.unique(moved.to_numpy(float)), values[name].dropna()
+            y = np.interp(at, mine.index.to_numpy(float), mine.to_numpy(float))
+            axis.plot(at, y, linestyle="", color=colours(len(times))[i], **MOVED)
+
+
+def _faults(axis: Axes, serving: Serving, unit: str, clock_s: float) -> None:
+    for fault in serving.faults:
+        if fault.unit == unit:
+            end_s = serving.duration_s if fault.until_s is None else fault.until_s
+            axis.axvspan(fault.at_s / clock_s, end_s / clock_s, color=SHADE, linewidth=0, zorder=0)
 
 
 def throughput_against_latency(result: Result, *, width_in: float = WIDTH_IN) -> Figure:

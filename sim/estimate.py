@@ -26,6 +26,10 @@ _DRAW_S, _DRAWN_S, _KEPT_S = 0.1e-3, 2e-9, 10e-9
 _CHUNK_S = 0.2e-6
 _DEVICE_BYTES, _PAIR_BYTES = 1300.0, 150.0
 _DEVICE_S, _PAIR_S = 8.5e-6, 2.7e-6
+# Serving: an iteration's guessed length, seconds of processor time and bytes kept; batches timed for each draw, and
+# seconds of counting and timing one of them per rank and layer.
+_GUESSED_ITERATION_S, _ITERATION_S, _ITERATION_BYTES = 0.03, 0.3e-3, 300.0
+_TIMED_SIZES, _TIMING_S = 160, 35e-6
 
 
 class TooBig(Exception):
@@ -101,6 +105,8 @@ def estimate(scenario: Scenario) -> Estimate:
         work, events = sum(part.token_layers for part in parts), sum(part.events for part in parts)
         memory, seconds = max(part.memory_bytes for part in parts), sum(part.seconds for part in parts)
         return Estimate(work, events, memory, seconds, _reason(scenario, events, memory, seconds))
+    if scenario.serving is not None:
+        return _serving(scenario)
     work = token_layers(scenario)
     compiled = compiled_enabled(work)
     events = (
@@ -152,6 +158,27 @@ def estimate(scenario: Scenario) -> Estimate:
     return Estimate(work, events, memory, seconds, _reason(scenario, events, memory, seconds))
 
 
+def _serving(scenario: Scenario) -> Estimate:
+    """Estimate a run that serves requests, whose iterations are guessed: how long they take is what it will find out."""
+    serving = scenario.serving
+    assert serving is not None
+    runs = scenario.replicas * len(scenario.policies)
+    groups = sum(unit.count for unit in serving.units)
+    events = int(runs * groups * serving.duration_s / _GUESSED_ITERATION_S)
+    topics = max(1, len(scenario.traffic.topics))
+    work, seconds = 0, 0.5 + events * _ITERATION_S
+    for policy in scenario.policies:
+        model = scenario.model_of(policy)
+        if model.is_moe:
+            layers = min(model.n_moe_layers, serving.sampled_layers)
+            work += 2 * serving.pool_tokens * topics * layers * scenario.replicas
+            rank_layers = layers * sum(unit.parallel.ep_size for unit in serving.units)
+            seconds += _TIMED_SIZES * serving.draws * rank_layers * _TIMING_S * scenario.replicas
+    seconds += work * (_ROUTE_S[compiled_enabled(work)] + _SHARED_S[compiled_enabled(work)])
+    memory = _BASE_BYTES + _ITERATION_BYTES * events / runs
+    return Estimate(work, events, memory, seconds, _reason(scenario, events, memory, seconds))
+
+
 def _drawn(scenario: Scenario, policy: Policy) -> tuple[float, float]:
     """Seconds of drawing one policy's counts, and bytes of the pilots that a task holds at a time."""
     model, steps, ranks = scenario.model_of(policy), scenario.steps, scenario.parallel.ep_size
@@ -171,15 +198,21 @@ def _drawn(scenario: Scenario, policy: Policy) -> tuple[float, float]:
 
 
 def _reason(scenario: Scenario, events: int, memory: float, seconds: float) -> str:
-    knobs = {
+    serving = scenario.serving
+    knobs: dict[str, float] = {
         "steps.count": scenario.steps.count,
         "traffic.tokens_per_rank": scenario.tokens_per_rank,
         "replicas": scenario.replicas,
         "policies": len(scenario.policies),
     }
-    if scenario.steps.resolution == "count":
+    if serving is not None:
+        del knobs["steps.count"], knobs["traffic.tokens_per_rank"]
+        knobs |= {"serving.duration_s": serving.duration_s, "units": sum(unit.count for unit in serving.units)}
+    elif scenario.steps.resolution == "count":
         knobs["steps.pilot_ranks"] = scenario.steps.pilot_ranks
-    lower = "lower " + " or ".join(f"{name} = {value}" for name, value in knobs.items() if value > 1)
+    lower = "lower " + " or ".join(f"{name} = {value:.10g}" for name, value in knobs.items() if value > 1)
+    if events > MAX_EVENTS and serving is not None:
+        return f"{events:.3g} iterations exceed {MAX_EVENTS:.0e}: {lower}"
     if events > MAX_EVENTS:
         return (
             f"{events:.3g} events exceed {MAX_EVENTS:.0e}: time fewer steps (steps.timed: last), set schedule.engine: "

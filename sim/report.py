@@ -133,6 +133,9 @@ def _table(result: Result, names: Sequence[str]) -> list[str]:
 
 
 def _says(name: str, value: float, result: Result) -> bool:
+    if name == "goodput_share" and result.scenario.serving is not None:  # of interest where something is asked for
+        slo = result.scenario.serving.slo
+        return any(limit is not None for limit in (slo.ttft_s, slo.tpot_s, slo.e2e_s))
     if name == "experts_per_token":  # of interest where policies differ from the model's number
         scenario = result.scenario
         moe = [policy for policy in scenario.policies if scenario.model_of(policy).is_moe]

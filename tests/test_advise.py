@@ -381,6 +381,11 @@ def steady(tmp_path_factory: pytest.TempPathFactory) -> str:
     return saved(traffic(162, 16, skew=1.0), tmp_path_factory.mktemp("traces") / "steady.npz")
 
 
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return saved(traffic(54, 16, skew=1.0), tmp_path_factory.mktemp("traces") / "short.npz")
+
+
 def asked(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
     status = sim.advise.main(["placement", *arguments])
     out, err = capsys.readouterr()
@@ -410,8 +415,8 @@ def test_text_begins_with_the_verdict(steady: str, capsys: pytest.CaptureFixture
     assert sum(line.strip().startswith(("no balancer", "eplb", "biased")) for line in lines[3:]) >= 5
 
 
-def test_json_says_the_same_and_the_same_again(steady: str, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = (steady, "--json", "--redundant", "8", "--layers", "1")
+def test_json_says_the_same_and_the_same_again(short: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = (short, "--json", "--redundant", "8", "--layers", "1")
     status, out, _ = asked(capsys, *arguments)
     assert status == 0 and asked(capsys, *arguments)[1] == out
     data = json.loads(out)
@@ -433,10 +438,10 @@ def test_json_says_the_same_and_the_same_again(steady: str, capsys: pytest.Captu
     assert "NaN" not in out and "Infinity" not in out
 
 
-def test_options_it_names_run_in_a_scenario(steady: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_it_names_run_in_a_scenario(short: str, capsys: pytest.CaptureFixture[str]) -> None:
     from sim.settings import Policy
 
-    data = json.loads(asked(capsys, steady, "--json", "--phase", "decode", "--redundant", "8", "--layers", "1")[1])
+    data = json.loads(asked(capsys, short, "--json", "--phase", "decode", "--redundant", "8", "--layers", "1")[1])
     for option in data["phases"][0]["options"]:
         policy = Policy.model_validate({"name": "it"} | option["policy"])
         assert policy.placement.num_redundant_experts == 8
@@ -477,9 +482,9 @@ def test_a_scenario_brings_its_traffic_and_gate(capsys: pytest.CaptureFixture[st
     ],
 )
 def test_bad_calls_are_refused_in_a_line(
-    arguments: tuple[str, ...], words: str, steady: str, capsys: pytest.CaptureFixture[str]
+    arguments: tuple[str, ...], words: str, short: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    known = {"TRACE": steady, "TINY": str(SCENARIOS / "tiny.yaml")}
+    known = {"TRACE": short, "TINY": str(SCENARIOS / "tiny.yaml")}
     status, out, err = asked(capsys, *(known.get(word, word) for word in arguments))
     assert status == 2 and out == "" and words in err
     assert err.startswith("python -m sim.advise: ") and "Traceback" not in err
@@ -492,6 +497,15 @@ def test_help_names_the_question(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         sim.advise.main(["weather", "x"])
     assert end.value.code == 2
+
+
+def test_two_batches_give_no_interval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = saved(traffic(3, 16, skew=1.0), tmp_path / "few.npz")
+    arguments = (few, "--phase", "prefill", "--tokens-per-rank", "16", "--redundant", "0", "--layers", "1")
+    status, out, _ = asked(capsys, *arguments)
+    assert status == 0 and "nan" not in out and "not enough evidence" in out
+    (option,) = json.loads(asked(capsys, *arguments, "--json")[1])["phases"][0]["options"]
+    assert option["saving"]["low"] is option["saving"]["high"] is None and option["saving"]["mean"] is not None
 
 
 def test_real_traces_get_an_answer(shared: Path, capsys: pytest.CaptureFixture[str]) -> None:

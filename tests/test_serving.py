@@ -15,6 +15,7 @@ from sim.conservation import ConservationError
 from sim.deployment import Fault, Slo
 from sim.engine.serving import Finished
 from sim.engine.serving.cache import Blocks
+from sim.engine.serving.decodes import Decodes
 from sim.engine.serving.experts import without
 from sim.engine.serving.request import Request
 from sim.engine.serving.tables import Tables
@@ -208,8 +209,9 @@ def test_little_holds_to_the_picosecond_and_counts_everything() -> None:
 
 def test_events_grow_with_iterations_and_requests_alone() -> None:
     found = serve(requests_of([0] * 200, [16] * 200, [30] * 200), sizes_of(unit(max_num_seqs=200)))
-    assert len(found.log.rows) < 40
-    assert found.n_events <= len(found.log.rows) + len(found.requests) + 12
+    iterations = len(found.log.imbalances())
+    assert iterations < 40
+    assert found.n_events <= iterations + len(found.requests) + 12
 
 
 def test_a_run_does_not_depend_on_hash_seeds() -> None:
@@ -300,6 +302,60 @@ def test_blocks_are_neither_lost_nor_given_twice(capacity: int, moves: list[tupl
             blocks.used[0] + blocks.idle[0] <= capacity and min(r.own for r in [*inside, Request(0, 0, 1, 1, 0)]) >= 0
         )
         assert all(p.blocks >= p.pinned >= 0 and (p.users > 0 or not p.pinned) for p in known)
+
+
+def test_eviction_spares_what_requests_stand_on_and_ends_before_beginnings() -> None:
+    def visit(blocks: Blocks, number: int, *spans: tuple[int, int, int], leave: bool = True) -> Request:
+        request = Request(number, 0, spans[-1][2] + 1, 1, 0, spans)
+        assert blocks.admit(0, request)
+        blocks.keep(0, request)
+        if leave:
+            blocks.release(0, request)
+        return request
+
+    blocks = Blocks(1, 14, 2, caching=True)
+    stays = visit(blocks, 0, (1, 0, 8), leave=False)  # 4 blocks of prefix 1, and one of its own
+    visit(blocks, 1, (2, 0, 4), (3, 4, 8))  # 2 blocks of prefix 2 and 2 that continue it, now idle
+    assert (int(blocks.used[0]), int(blocks.idle[0])) == (5, 4)
+    assert blocks.take(0, 7)  # two more than are free
+    known = {key: prefix.blocks for key, prefix in blocks._prefixes[0].items()}
+    assert known == {1: 4, 2: 2}
+    blocks.release(0, stays)
+    assert blocks.take(0, 7) and int(blocks.idle[0]) == 0  # least recently used first: prefix 2, then prefix 1
+    assert not blocks.take(0, 1)
+
+
+def test_a_request_put_back_goes_on_with_its_own_draws() -> None:
+    decodes = Decodes(1, 1, 4, 2.0, np.zeros(1, np.int64))
+    request = Request(0, 0, 10, 12, 0)
+    request.generated, request.accepted = 1, np.array([3, 1, 2, 3, 3], np.int64)
+    decodes.join(0, request)
+    assert decodes.new_tokens().tolist() == [3]
+    for brought in (3, 1):
+        decodes.context += brought
+        assert decodes.advance(None) == []
+    decodes.leave(0, request)
+    assert request.generated == 5 and request.accepted.tolist() == [2, 3, 3]
+    assert decodes.context.tolist() == [0] and not decodes.new_tokens().any() and not decodes._blocks.any()
+
+
+def test_a_death_during_a_transfer_sends_the_cache_elsewhere() -> None:
+    prefill, decode = unit("p", role="prefill"), unit("d", 2, role="decode")
+    sizes = sizes_of(prefill, rate=1e6), sizes_of(decode, rate=1e6)  # 50 ms for 50 tokens
+    dies = Fault(at_s=0.03, unit="d", rank=0, kind="dead_rank", recovery_s=0.0, load_bytes_per_s=1e15)
+    (request,) = serve(requests_of([0], [50], [2]), *sizes, faults=(dies,)).requests
+    assert (request.place, request.retries) == (2, 0)
+    assert request.end_ps - request.first_ps > 2 * 50 * MS
+    lost = Fault(at_s=0.03, until_s=0.04, unit="p", rank=0, kind="dead_rank", recovery_s=0.0, load_bytes_per_s=1e15)
+    (request,) = serve(requests_of([0], [50], [2]), *sizes, faults=(lost,)).requests
+    assert (request.retries, request.generated) == (1, 2)
+
+
+def test_a_group_that_recovers_gets_no_requests_while_others_serve() -> None:
+    dies = Fault(at_s=0.0, unit="u", rank=0, kind="dead_rank", recovery_s=5.0)
+    one = unit(ranks=2, count=2)
+    found = serve(requests_of([10**11, 2 * 10**11], [5, 5], [40, 40]), sizes_of(one), faults=(dies,))
+    assert [request.place for request in found.requests] == [2, 3]
 
 
 @pytest.mark.parametrize(
@@ -427,7 +483,8 @@ def test_tables_say_what_happened() -> None:
     service = {name: column[0] for name, column in tables["service"].items()}
     assert service["requests"] == 2 and service["goodput_share"] == 1.0
     assert service["ttft_mean_s"] == np.mean(rows["ttft_s"][1:])
-    given_ = sum(row[9] for row in found.log.rows if row[2] > 10**11)
+    log = found.log.columns()
+    given_ = log["output_tokens"][log["end_ps"] > 10**11].sum()
     assert service["output_tokens_per_s_per_gpu"] == pytest.approx(given_ / 0.9 / 2)
     assert service["usd_per_million_output"] == pytest.approx(2 * 0.9 / 3600 * 3.6 / given_ * 1e6)
     assert sum(tables["timeline"]["output_tokens_per_s"]) / 100 == pytest.approx(23)

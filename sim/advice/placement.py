@@ -161,7 +161,8 @@ def _row(bench: Bench, option: Option, base_s: F64, a: range, b: range) -> Row:
     times = bench.times(option, plan, b)
     saving = ratio(bench.saved_s(option, times.step_s, base_s), base_s, setup.seed)
     taken = costs.rebalance_s(setup, moved, float(times.communication.mean()))
-    steps = [taken / (value * float(base_s.mean())) if value > 0 else math.inf for value in saving]
+    # Nothing saved repays nothing; of an unknown bound there is none.
+    steps = [math.inf if value <= 0 else taken / (value * float(base_s.mean())) for value in saving]
     break_even = Interval(steps[0], steps[2], steps[1])
     return Row(option, saving, float(times.imbalance.mean()), moved, taken, break_even, cache)
 

@@ -45,22 +45,23 @@ def _cells(found: Judged, row: Row) -> list[str]:
         f"{1e3 * found.base_s * (1 - row.saving.mean):.3f}",
         f"{row.imbalance:.2f}",
         _percent(row.saving.mean),
-        f"{_percent(row.saving.low)} .. {_percent(row.saving.high)}",
+        "-" if math.isnan(row.saving.low) else f"{_percent(row.saving.low)} .. {_percent(row.saving.high)}",
         human(row.move.bytes, "B"),
         human(row.rebalance_s, "s"),
         _steps(repaid.mean),
-        f"{_steps(repaid.low)} .. {_steps(repaid.high)}" if math.isfinite(repaid.mean) else "-",
+        f"{_steps(repaid.low)} .. {_steps(repaid.high)}" if math.isfinite(repaid.low) else "-",
         human(row.cache.replica_bytes, "B") + (f" (-{100 * (1 - kept):.0f} % batch)" if kept < 1 else ""),
     ]
 
 
 def _how_often(batches: Batches, found: Judged) -> list[str]:
     best, lines = found.chosen, []
-    if math.isfinite(best.break_even.mean):
-        low, high = _steps(best.break_even.low), _steps(best.break_even.high)
+    repaid = best.break_even
+    if math.isfinite(repaid.mean):
+        between = f" [{_steps(repaid.low)}, {_steps(repaid.high)}]" if math.isfinite(repaid.low) else ""
         lines.append(
-            f"a rebalance costs {human(best.rebalance_s, 's')}, which {_steps(best.break_even.mean)} steps repay "
-            f"[{low}, {high}]: not more often than that"
+            f"a rebalance costs {human(best.rebalance_s, 's')}, which {_steps(repaid.mean)} steps repay{between}: not more "
+            "often than that"
         )
     if found.base_cache.tokens <= 0:
         lines.append("the model does not fit on these ranks at all: what replicas displace is left out")

@@ -29,7 +29,8 @@ def verdict(setup: Setup, batches: Batches, found: Judged | None) -> tuple[Verdi
     name = best.option.name
     after = f"{name} saves {percent(net)} of a step, a rebalance every {found.interval:,} steps paid for"
     if found.times < MIN_TIMES:
-        wanted = math.ceil(batches.n_batches * batches.size * MIN_TIMES / found.times)
+        # One more batch in every window at least.
+        wanted = math.ceil(batches.size * (batches.n_batches * MIN_TIMES / found.times + batches.n_windows))
         return _UNKNOWN, (
             f"window B holds {found.times:.0f} independent batches, {MIN_TIMES} are wanted: record about {wanted:,} tokens "
             f"(so far: {after})"
@@ -39,7 +40,7 @@ def verdict(setup: Setup, batches: Batches, found: Judged | None) -> tuple[Verdi
     if net.high >= least:
         return _UNKNOWN, f"{after}: that interval allows both answers"
     fresh = found.aged[0].saving
-    if fresh >= least > found.tail:
+    if fresh >= least and found.tail < fresh / 2:
         return _NO, (
             f"{name} saves {100 * fresh:.1f} % of a step at first, but plans age faster than a rebalance repays itself: "
             f"{100 * found.tail:.1f} % are left after {found.aged[-1].steps:,.0f} steps"
@@ -51,5 +52,7 @@ def verdict(setup: Setup, batches: Batches, found: Judged | None) -> tuple[Verdi
 
 
 def percent(value: Interval) -> str:
-    """Return a saving with its 95 % interval, for people."""
+    """Return a saving with its 95 % interval, if it has one, for people."""
+    if math.isnan(value.low):
+        return f"{100 * value.mean:.1f} %"
     return f"{100 * value.mean:.1f} % [{100 * value.low:.1f}, {100 * value.high:.1f}]"

@@ -323,13 +323,11 @@ class Group:
                 self._prompt_done(rank, request, now)
         for rank in range(self.n_ranks) if any(self.arriving) else ():
             self.receive(rank)
-        log.rows.append(
-            (
-                self.number, start, now, asking, waiting, used, fullest, computed, self._cached, given,
-                timed.attention_ps, timed.experts_ps, timed.communication_ps, timed.other_ps,
-            )
+        row = (
+            self.number, start, now, asking, waiting, used, fullest, computed, self._cached, given,
+            timed.attention_ps, timed.experts_ps, timed.communication_ps, timed.other_ps,
         )  # fmt: skip
-        log.imbalance.append(timed.imbalance)
+        log.iteration(row, timed.imbalance)
         self.iterations += 1
 
     def _count_gaps(self, now: int, asking: I64) -> None:
@@ -338,15 +336,16 @@ class Group:
         for rank in range(self.n_ranks) if any(self._late) else ():
             if asking[rank]:
                 for last_ps in self._late[rank].values():
-                    log.single_gaps += [(now - last_ps, 1), (now - int(last[rank]), -1)]
+                    log.gap(now - last_ps)
+                    log.gap(now - int(last[rank]), -1)
                 self._late[rank].clear()
         if self.unit.chunked_prefill:  # all decodes had their last tokens together
             if self._asking:
-                log.single_gaps.append((now - int(last[0]), self._asking))
+                log.gap(now - int(last[0]), self._asking)
             last[:] = now
         elif self._asking:
             served = np.flatnonzero(asking)
-            log.gaps.append(np.stack([now - last[served], asking[served]]))
+            log.gaps(now - last[served], asking[served])
             last[served] = now
 
     def _prompt_done(self, rank: int, request: Request, now: int) -> None:
@@ -356,7 +355,7 @@ class Group:
         self.blocks.keep(rank, request)
         request.generated += 1
         if request.last_ps >= 0:
-            self.world.log.single_gaps.append((now - request.last_ps, 1))
+            self.world.log.gap(now - request.last_ps)
         else:
             request.first_ps = now
         request.last_ps = now

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import numpy as np
 
 from sim.tokens import F64, I64
@@ -15,27 +13,54 @@ COLUMNS = (
 """Integers of an iteration. group: over all units. decoding, waiting: requests. used_blocks: sum over ranks; fullest: the
 most of one rank. prompt_tokens, cached_tokens, output_tokens: computed, found in the cache, and given to users."""
 
+_PACK = 4096
+"""Rows that wait as Python tuples, which take five times the room, before they become arrays."""
 
-@dataclass
+
 class Log:
-    """rows: tuples in the order of `COLUMNS`. imbalance: of each row. gaps: [2, n] arrays of gaps between tokens, ps, and
-    how many requests had them."""
+    """Iterations in the order of their ends, and gaps in ps with how many requests had them (a weight may be negative)."""
 
-    rows: list[tuple[int, ...]] = field(default_factory=list)
-    imbalance: list[float] = field(default_factory=list)
-    gaps: list[I64] = field(default_factory=list)
-    single_gaps: list[tuple[int, int]] = field(default_factory=list)
+    def __init__(self) -> None:
+        self._rows: list[tuple[int, ...]] = []
+        self._imbalance: list[float] = []
+        self._gaps: list[tuple[int, int]] = []
+        self._packed: list[I64] = []
+        self._packed_imbalance: list[F64] = []
+        self._packed_gaps: list[I64] = []
+
+    def iteration(self, row: tuple[int, ...], imbalance: float) -> None:
+        """Add an iteration, in the order of `COLUMNS`."""
+        self._rows.append(row)
+        self._imbalance.append(imbalance)
+        if len(self._rows) >= _PACK:
+            self._pack()
+
+    def gap(self, gap_ps: int, weight: int = 1) -> None:
+        self._gaps.append((gap_ps, weight))
+
+    def gaps(self, gaps_ps: I64, weights: I64) -> None:
+        """Add many, [n] each."""
+        self._packed_gaps.append(np.stack([gaps_ps, weights]))
+
+    def _pack(self) -> None:
+        self._packed.append(np.array(self._rows, dtype=np.int64).reshape(-1, len(COLUMNS)))
+        self._packed_imbalance.append(np.array(self._imbalance, dtype=np.float64))
+        self._packed_gaps.append(np.array(self._gaps, dtype=np.int64).reshape(-1, 2).T)
+        self._rows, self._imbalance, self._gaps = [], [], []
 
     def columns(self) -> dict[str, I64]:
         """Return {column: [iterations] int64}."""
-        table = np.array(self.rows, dtype=np.int64).reshape(-1, len(COLUMNS))
+        self._pack()
+        table = np.concatenate(self._packed)
         return {name: table[:, i] for i, name in enumerate(COLUMNS)}
 
     def imbalances(self) -> F64:
-        return np.array(self.imbalance, dtype=np.float64)
+        """Return [iterations] max over mean tokens of the ranks' experts."""
+        self._pack()
+        return np.concatenate(self._packed_imbalance)
 
     def token_gaps(self) -> tuple[I64, I64]:
         """Return gaps [n] in ps and their weights [n]."""
-        single = np.array(self.single_gaps, dtype=np.int64).reshape(-1, 2).T
-        every = np.concatenate([single, *self.gaps], axis=1)
+        self._pack()
+        every = np.concatenate(self._packed_gaps, axis=1)
         return every[0], every[1]

@@ -104,7 +104,7 @@ class World:
     def _check(self) -> None:
         for stage in (self.queue, self.running, self.handover, self.system):
             stage.check()
-        given = sum(row[9] for row in self.log.rows)
+        given = int(self.log.columns()["output_tokens"].sum())
         generated = sum(request.generated for request in self.requests)
         if given != generated:
             raise ConservationError(f"tokens given to users: {given} != {generated} counted by requests")
