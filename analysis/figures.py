@@ -3,7 +3,8 @@
     python -m analysis.figures RUN_FOLDER_OR_SCENARIO OUT [--figure NAME] [--set KEY=VALUE]
 
 Figures are 7 inches wide, in colours that colour-blind readers can tell apart; every axis names its unit. Intervals are
-the summary's: 95 % over replicas. Balance is drawn beside the floor that a uniformly random gate would show.
+the summary's: 95 % over replicas. Balance is drawn beside the floor that a uniformly random gate would show. The command
+line also knows the figures of `analysis.placement` and `analysis.serving`.
 """
 
 from __future__ import annotations

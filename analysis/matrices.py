@@ -89,13 +89,16 @@ def _maps(result: Result, found: dict[str, F64], what: str, width_in: float, *, 
     rows, columns = panels(len(found), width_in)
     panel_in = min(3.0, (width_in - 1.15) / columns - 0.15)
     fits = numbers and panel_in / max(len(matrix) for matrix in found.values()) >= 0.23
-    titles = {name: wrapped(name, max(12, int(13 * panel_in))) for name in found}
+    titles = {name: wrapped(name, max(12, int(16 * panel_in))) for name in found}
     title_in = 0.14 * (1 + max(title.count("\n") for title in titles.values()))
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             rows,
             columns,
-            figsize=(width_in, max(2.1, 0.45 + rows * (panel_in + title_in + 0.15))),
+            figsize=(
+                min(width_in, 1.5 + columns * (panel_in + 0.15)),
+                max(2.1, 0.45 + rows * (panel_in + title_in + 0.15)),
+            ),
             squeeze=False,
             layout="constrained",
         )
@@ -119,8 +122,12 @@ def _maps(result: Result, found: dict[str, F64], what: str, width_in: float, *, 
             )
         for axis in axes.flat[len(found) :]:
             axis.set_visible(False)
-        figure.supxlabel(f"receiving {what} [index]", fontsize=9)
-        figure.supylabel(f"sending {what} [index]", fontsize=9)
+        x, y = f"receiving {what} [index]", f"sending {what} [index]"
+        if len(found) == 1:
+            axes[0, 0].set(xlabel=x, ylabel=y)
+        else:
+            figure.supxlabel(x, fontsize=9)
+            figure.supylabel(y, fontsize=9)
         bar = figure.colorbar(image, ax=axes, shrink=min(1.0, 1.6 / rows + 0.3), aspect=18 * rows**0.5)
         bar.ax.tick_params(labelsize=8)
         bar.set_label(f"a step's dispatch\nand combine [{unit}]", fontsize=8)

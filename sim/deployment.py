@@ -18,7 +18,8 @@ class Unit(Block):
 
     name: str = Field(min_length=1, max_length=40)
     role: Literal["mixed", "prefill", "decode"] = "mixed"
-    """``mixed`` units do both (colocated); ``prefill`` units hand a request's cache over to a ``decode`` unit."""
+    """``mixed`` units do both (colocated); ``prefill`` units hand a request's cache over to a ``decode`` unit. With decode
+    units alone, prompts come with their cache, all but the last token."""
     count: int = Field(default=1, gt=0, le=10_000)
     parallel: Parallel = Parallel()
     mode: Literal["normal", "low_latency"] | None = None

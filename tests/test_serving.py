@@ -392,6 +392,14 @@ def test_cache_is_handed_over_at_the_ports_rate_one_after_the_other() -> None:
     assert late.end_ps == first + (50 + 80) * MS + 3 * US + clock.duration(1, 1, 81, 0, 1)
 
 
+def test_at_a_decode_unit_alone_prompts_come_with_their_cache() -> None:
+    clock = Clock()
+    (request,) = serve(requests_of([0], [50], [3]), sizes_of(unit("d", role="decode")), policy=Fake(clock)).requests
+    first = clock.duration(1, 1, 0, 50, 1)
+    assert (request.first_ps, request.cached_tokens) == (first, 49)
+    assert request.end_ps == first + clock.duration(1, 1, 51, 0, 1) + clock.duration(1, 1, 52, 0, 1)
+
+
 def test_without_room_at_the_decode_unit_the_cache_waits_where_it_is() -> None:
     prefill, decode = unit("p", role="prefill"), unit("d", role="decode", max_num_seqs=1)
     found = serve(requests_of([0, 0], [50, 50], [30, 30]), sizes_of(prefill), sizes_of(decode))

@@ -16,9 +16,8 @@ def problems(scenario: Scenario) -> Iterator[Rule]:
     serving = scenario.serving
     assert serving is not None
     roles = {unit.role for unit in serving.units}
-    for missing, other in (("prefill", "decode"), ("decode", "prefill")):
-        if other in roles and missing not in roles:
-            yield ("serving", "units"), f"{other} units need {missing} units beside them"
+    if "prefill" in roles and "decode" not in roles:
+        yield ("serving", "units"), "prefill units need decode units beside them"
     if "mixed" in roles and len(roles) > 1:
         yield ("serving", "units"), "mixed units do both: not beside prefill and decode units"
     names = [unit.name for unit in serving.units]

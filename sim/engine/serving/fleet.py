@@ -36,7 +36,8 @@ class Fleet:
 
     unit, group: [R] numbers. requests: [R] waiting or running. waiting: [R] of them waiting. prompt_tokens, context: [R]
     tokens of prompts that wait or are computed, and of the contexts of decodes. alive, ready: [R] whether a rank lives,
-    and its group serves. sent_ps, received_ps: [R] when its port is free again. slow: [R] factor on its port's time.
+    and its group serves. decode_alone: no unit computes
+    prompts: they come with their cache. sent_ps, received_ps: [R] when its port is free again. slow: [R] factor on its port's time.
     """
 
     def __init__(self, sizes: Sequence[Sizes]) -> None:
@@ -52,7 +53,8 @@ class Fleet:
         self._blocks = np.array([sizes[u].capacity_blocks for u in self.unit], dtype=np.int64)
         self._block_size = np.array([sizes[u].unit.block_size for u in self.unit], dtype=np.int64)
         roles = np.array([sizes[u].unit.role for u in self.unit])
-        self._takes: dict[str, Bool] = {"prompt": roles != "decode", "decode": roles == "decode"}
+        self.decode_alone = bool((roles == "decode").all())
+        self._takes: dict[str, Bool] = {"prompt": (roles != "decode") | self.decode_alone, "decode": roles == "decode"}
         self._turn = {"prompt": -1, "decode": -1}
         self._limited = any(size.unit.max_queue is not None for size in sizes)
 

@@ -284,6 +284,8 @@ class Group:
         self._count_waiting(rank, -1)
         self.seats[rank] += 1
         self.admitted[rank][request] = None
+        if self.world.fleet.decode_alone and not request.generated:
+            request.computed = request.prompt - 1  # the last token is the first one's query
         self._cached += request.computed
         if request.cached_tokens < 0:
             request.cached_tokens = request.computed
