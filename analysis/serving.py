@@ -45,7 +45,7 @@ POINTS = 400
 DECADES = 20.0
 ROWS = {
     "queue": ("queue\n[requests]", 1.0),
-    "decoding": ("decoding\n[requests]", 1.0),
+    "running": ("running\n[requests]", 1.0),
     "kv": ("KV cache\n[% full]", 100.0),
     "input_tokens_per_s": ("input\n[{}tokens/s]", 1.0),
     "output_tokens_per_s": ("output\n[{}tokens/s]", 1.0),
@@ -137,7 +137,7 @@ def _slo(axis: Axes, limit: float, label: str) -> None:
 
 
 def over_time(result: Result, *, width_in: float = WIDTH_IN) -> Figure:
-    """Draw queue, decoding requests, occupied cache, token rates and imbalance of ranks over time, a column per serving
+    """Draw queue, running requests, occupied cache, token rates and imbalance of ranks over time, a column per serving
     unit; mean over replicas. Triangles: experts have moved, in some replica. Shaded: a fault.
 
     Rows in which no policy shows anything are left out. Raises ValueError without served requests.

@@ -39,8 +39,19 @@ class Unit(Block):
     kv_cache_bytes_per_element: float = Field(default=2.0, gt=0)
     block_size: int = Field(default=16, gt=0)
     """Tokens of a cache block."""
-    prefix_cache: bool = False
-    """Whether finished prefixes stay cached, least recently used out first, while there is room."""
+    long_prefill_token_threshold: int | None = Field(default=None, gt=0)
+    """Tokens of one prompt in one iteration, so that a long one's attention, which grows with what lies before, does not
+    hold up all ranks; other prompts take what is left of the budget (vLLM). None: as many as fit."""
+    prefix_cache: Literal["none", "rank", "shared"] = "none"
+    """Where prefixes of computed prompts stay for later ones. ``rank``: in the cache of the rank that computed them, least
+    recently used out first, while there is room. ``shared``: in a store beside the unit that all of its ranks read, as
+    DeepSeek's cache on disk (56.3 % of input tokens hit it: open-infra-index, day 6) or Mooncake's pool; a hit takes
+    blocks of the rank that serves it, as if it had been computed there."""
+    cache_store_tokens: int | None = Field(default=None, gt=0)
+    """Tokens that a shared cache holds, least recently used out first; None: no limit."""
+    cache_load_bytes_per_s: BytesPerSecond | None = None
+    """At which one data-parallel rank loads hits of a shared cache; the iteration in which a prompt starts then waits for
+    the slowest rank's loads. None: loading is hidden behind the queue and the compute."""
     cuda_graph_sizes: tuple[int, ...] = ()
     """Decode batches of a rank are padded to the next of these sizes; above the last one, and if empty, not at all."""
     load_balance_method: Literal["round_robin", "shortest_queue", "fewest_tokens"] = "fewest_tokens"
@@ -90,7 +101,8 @@ class Serving(Block):
     duration_s: Annotated[float, Field(gt=0, le=9e6)]
     """Arrivals stop here; the run ends when the last request does."""
     warmup_s: Seconds = 0.0
-    """Requests that arrive before this count in no mean."""
+    """Requests that arrive before this count in no mean, nor does this time in rates; those end at duration_s, or with the
+    last request if that comes first."""
     units: Annotated[tuple[Unit, ...], Field(min_length=1, max_length=16)]
     slo: Slo = Slo()
     faults: tuple[Fault, ...] = ()

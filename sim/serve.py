@@ -14,7 +14,7 @@ from sim.results import Result, Table, summarise
 from sim.scenario import Scenario
 from sim.settings import Policy
 from sim.unitmemory import kv_cache_tokens
-from sim.workers import Workers
+from sim.workers import Workers, processes, watched
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,9 @@ def _run(job: _Job) -> tuple[dict[str, Table], int]:
 
 def simulate(scenario: Scenario, jobs: int | None, expected: Estimate, progress: bool = False) -> Result:
     """Serve the requests of a checked scenario; see `sim.study.run`."""
-    from sim.study import _jobs, _watched
-
     todo = [_Job(scenario, index, r) for index in range(len(scenario.policies)) for r in range(scenario.replicas)]
-    with Workers(_jobs(jobs, len(todo), expected)) as workers:
-        done = list(_watched(workers.map(_run, todo), len(todo), "serving", progress))
+    with Workers(processes(jobs, len(todo), expected)) as workers:
+        done = list(watched(workers.map(_run, todo), len(todo), "serving", progress))
     tables: dict[str, Table] = {}
     for found, _ in done:
         for name, table in found.items():

@@ -7,11 +7,9 @@ in the order of policies, replicas, steps and layers.
 from __future__ import annotations
 
 import json
-import os
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from sim import rollout
 from sim.checks import problems
@@ -23,7 +21,7 @@ from sim.engine.durations import slowdowns
 from sim.engine.moves import Moves, transfer
 from sim.engine.step import pipelined_step, programs
 from sim.engine.training import Work, build_plan
-from sim.estimate import Estimate, TooBig, estimate, free_memory_bytes
+from sim.estimate import Estimate, TooBig, estimate
 from sim.exchange import Exchange
 from sim.loading import load
 from sim.matrices import traffic_tables
@@ -34,11 +32,7 @@ from sim.tables import merged, tabulate
 from sim.tally import Counts
 from sim.tokens import I64
 from sim.traffic import TrafficShape
-from sim.workers import Workers
-
-B = TypeVar("B")
-# Starting a worker process costs about a second, so small runs stay in this one.
-WORTH_A_PROCESS_S = 4.0
+from sim.workers import Workers, processes, watched
 
 
 def run(
@@ -187,30 +181,11 @@ def _run_stages(job: _Stages) -> tuple[list[Counts], Times]:
     return [result for result in counts if result.layer in job.own], times
 
 
-def _watched(items: Iterable[B], total: int, label: str, progress: bool) -> Iterator[B]:
-    if not progress:
-        yield from items
-        return
-    from tqdm import tqdm
-
-    yield from tqdm(items, total=total, desc=label, file=sys.stderr, leave=False, unit="task")
-
-
-def _jobs(asked: int | None, tasks: int, expected: Estimate) -> int:
-    """Processes to use: as asked, else as many as cores where that pays."""
-    if asked is not None:
-        return asked
-    if expected.seconds <= WORTH_A_PROCESS_S:
-        return 1
-    fit = int(0.5 * free_memory_bytes() // expected.memory_bytes)  # the estimate is of one process
-    return max(1, min(os.cpu_count() or 1, tasks, fit))
-
-
 def _simulate_pipelined(scenario: Scenario, jobs: int | None, expected: Estimate, progress: bool) -> Result:
     """As `simulate`, where steps pass a pipeline."""
     work = _stage_jobs(scenario)
-    with Workers(_jobs(jobs, len(work), expected)) as workers:
-        done = list(_watched(workers.map(_run_stages, work), len(work), "stages", progress))
+    with Workers(processes(jobs, len(work), expected)) as workers:
+        done = list(watched(workers.map(_run_stages, work), len(work), "stages", progress))
     counts: dict[tuple[int, int], list[Counts]] = {}
     chunk_ps: dict[tuple[int, int, int], dict[tuple[int, int], I64]] = {}
     for job, (results, times) in zip(work, done, strict=True):
@@ -244,8 +219,8 @@ def simulate(scenario: Scenario, jobs: int | None, expected: Estimate, progress:
     if scenario.pipelined:
         return _simulate_pipelined(scenario, jobs, expected, progress)
     tasks = _tasks(scenario)
-    with Workers(_jobs(jobs, len(tasks), expected)) as workers:
-        rolled: list[list[Counts]] = list(_watched(workers.map(rollout.run, tasks), len(tasks), "routing", progress))
+    with Workers(processes(jobs, len(tasks), expected)) as workers:
+        rolled: list[list[Counts]] = list(watched(workers.map(rollout.run, tasks), len(tasks), "routing", progress))
         counts: dict[tuple[int, int], list[Counts]] = {}
         for task, results in zip(tasks, rolled, strict=True):
             for result in results:
@@ -257,7 +232,7 @@ def simulate(scenario: Scenario, jobs: int | None, expected: Estimate, progress:
                     layers = counts.get((replica, index), [])
                     timing_jobs.append((replica, index, step, [layer.exchanges[step] for layer in layers]))
         todo = [(scenario, index, exchanges) for _, index, _, exchanges in timing_jobs]
-        timed = list(_watched(workers.map(_time_step, todo), len(todo), "timing", progress))
+        timed = list(watched(workers.map(_time_step, todo), len(todo), "timing", progress))
     timing = {(replica, index, step): t for (replica, index, step, _), t in zip(timing_jobs, timed, strict=True)}
     tables = tabulate(scenario, counts, timing, _moves(scenario, counts)) | traffic_tables(scenario, counts)
     return Result(scenario, tables, summarise(tables, scenario), sum(int(t["events"]) for t in timed))

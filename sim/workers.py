@@ -3,12 +3,37 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import TypeVar
 
+from sim.estimate import Estimate, free_memory_bytes
+
 A = TypeVar("A")
 B = TypeVar("B")
+# Starting a worker process costs about a second, so small runs stay in this one.
+WORTH_A_PROCESS_S = 4.0
+
+
+def processes(asked: int | None, tasks: int, expected: Estimate) -> int:
+    """Return how many processes to use: as ``asked``, else as many as cores where that pays."""
+    if asked is not None:
+        return asked
+    if expected.seconds <= WORTH_A_PROCESS_S:
+        return 1
+    fit = int(0.5 * free_memory_bytes() // expected.memory_bytes)  # the estimate is of one process
+    return max(1, min(os.cpu_count() or 1, tasks, fit))
+
+
+def watched(items: Iterable[B], total: int, label: str, progress: bool) -> Iterator[B]:
+    """Yield ``items``, with a bar on stderr if ``progress`` is to be seen."""
+    if not progress:
+        yield from items
+        return
+    from tqdm import tqdm
+
+    yield from tqdm(items, total=total, desc=label, file=sys.stderr, leave=False, unit="task")
 
 
 class Workers:

@@ -263,8 +263,7 @@ class _Rank:
             else:
                 break
             left = request.prompt - request.computed
-            chunks.append((request, left if whole else min(left, budget)))
+            most = self.unit.long_prefill_token_threshold or budget
+            chunks.append((request, left if whole else min(left, budget, most)))
             budget -= chunks[-1][1]
-            if chunks[-1][1] < left:
-                break
         return chunks

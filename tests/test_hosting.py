@@ -16,6 +16,7 @@ from sim.conservation import ConservationError, check_replicas
 from sim.hosting import balancedness, coactivation, forecast
 from sim.placement import Placement, moved_slots, moves
 from sim.plugin import members
+from sim.repaid import repaid
 from sim.replicas import ReplicaChoice
 from sim.settings import Rebalance
 from sim.slots import Slots
@@ -169,3 +170,17 @@ def test_matrices_hold_the_bytes_of_the_step(mode: str) -> None:
     per_token = pairs.groupby("policy").dispatch_bytes.sum() / (tokens * (1024 + 4 * 8))
     wanted = last.devices_per_token if mode == "normal" else last.experts_per_token
     assert np.allclose(per_token[["a", "eplb"]], wanted[["a", "eplb"]])
+
+
+def test_moves_are_repaid_after_cost_over_gain() -> None:
+    still = eplb("still", rebalance={"history_steps": 0})
+    moving = eplb("moving", rebalance={"history_steps": 0, "interval_steps": 2})
+    result = run([{"name": "linear"}, still, moving], **{"steps.count": 6, "steps.timed": "all"})
+    (row,) = repaid(result)
+    steps = result.steps.set_index(["policy", "step"])
+    here, there = steps.loc["moving"].loc[2:], steps.loc["still"].loc[2:]
+    assert (row.policy, row.against, row.moves) == ("moving", "still", 2)
+    assert row.cost_s == pytest.approx(here.move_s[here.moved_bytes > 0].mean())
+    assert row.gain_s == pytest.approx(there.step_time_s.mean() - here.step_time_s.mean()) and row.gain_s > 0
+    assert row.steps == pytest.approx(row.cost_s / row.gain_s)
+    assert repaid(run([still])) == []

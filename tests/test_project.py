@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 from ruamel.yaml import YAML
 
 import sim
+import sim.advise
 import sim.calibrate
 import sim.fit
 import sim.validate
@@ -34,10 +35,15 @@ PIPELINE = [
     "steps.warmup.steps=0", "steps.pilot_ranks=2", "model.num_hidden_layers=6", "parallel.pp_size=2",
     "schedule.micro_batches=4", "traffic.tokens_per_rank=64", "traffic.sequence_length=16",
 ]  # fmt: skip
+SERVED = [
+    "serving.duration_s=0.5", "serving.requests.count=300", "serving.pool_tokens=64", "serving.sampled_layers=1",
+    "serving.draws=1",
+]  # fmt: skip
 SHALLOW = ["model.num_hidden_layers=5", "parallel.pp_size=1"]
 
 
 FIT = "python -m sim.fit TRACE.npz"
+ADVISE = "python -m sim.advise placement TRACE.npz"
 CALIBRATE = "python -m sim.calibrate TABLE"
 VALIDATE = "python -m sim.validate --group gating --group geometry"
 
@@ -64,7 +70,7 @@ def sets(values: list[str]) -> list[str]:
 def test_shell_blocks_hold_only_known_commands() -> None:
     lines = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
     others = [line for line in lines if not line.startswith("python -m sim.run ")]
-    assert others == ["pip install -e '.[dev]'", "python -m pytest", FIT, CALIBRATE, VALIDATE]
+    assert others == ["pip install -e '.[dev]'", "python -m pytest", FIT, ADVISE, CALIBRATE, VALIDATE]
     assert len(commands()) >= 4
 
 
@@ -78,6 +84,8 @@ def test_command_of_the_readme_runs(
         extra += sets([*BATCH, *SHALLOW])
     if "scenarios/v3_training.yaml" in args:
         extra += sets(PIPELINE)
+    if "scenarios/v3_decode.yaml" in args:
+        extra += sets(SERVED)
     assert main([*args, *extra]) == 0
     out, err = capsys.readouterr()
     assert out and "Traceback" not in err
@@ -130,14 +138,30 @@ def test_fit_command_of_the_readme_runs(
     assert block["kind"] == "affinity" and len(block["popularity"]) == 2
 
 
+def test_advise_command_of_the_readme_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sim.advise import main as advise
+
+    rng = np.random.default_rng(0)
+    ids = np.argsort(rng.standard_normal((2, 6400, 16)) + 2 * rng.standard_normal((2, 1, 16)), axis=2)[:, :, :2]
+    monkeypatch.chdir(tmp_path)
+    np.savez("TRACE.npz", topk_ids=ids.astype(np.int16), seqlens=np.full(64, 100))
+    assert advise(ADVISE.split()[3:]) == 0
+    printed = capsys.readouterr().out
+    said = [line for line in printed.splitlines() if line.startswith(("decode", "prefill"))]
+    assert len(said) == 2 and all(re.search("worth it|not enough evidence", line) for line in said)
+
+
 @pytest.mark.parametrize("text", blocks("yaml"), ids=lambda text: text.strip().splitlines()[0])
 def test_yaml_block_of_the_readme_runs(text: str, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "scenarios", tmp_path / "scenarios")
     file = tmp_path / "scenarios" / "mine.yaml"
     whole = text.startswith("name:")
     file.write_text(text if whole else "extends: policies.yaml\nname: mine\n" + text, encoding="utf-8")
-    result = sim.run(file, overrides=["traffic.tokens_per_rank=64", "steps.warmup.steps=0"])
-    assert len(set(result.steps.policy)) == text.count("extends: policies/")
+    phase = ["schedule.phase=forward"] if "num_redundant_experts" in text else []
+    result = sim.run(file, overrides=["traffic.tokens_per_rank=64", "steps.warmup.steps=0", *phase])
+    assert len(set(result.steps.policy)) == len(YAML(typ="safe", pure=True).load(text)["policies"])
     assert (result.steps.max_vio > 0).all()
 
 

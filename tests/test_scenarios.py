@@ -52,6 +52,11 @@ def reduced(name: str) -> list[str]:
     whole = scenario(name)
     micro = 4 if whole.pipelined else whole.schedule.micro_batches
     tokens = 16 * micro
+    if whole.serving is not None:
+        found = ["serving.duration_s=0.5", "serving.warmup_s=0", "serving.pool_tokens=64", "serving.sampled_layers=1"]
+        size = {"saturated": "count=64", "daily": "rate_per_s=40", "poisson": "rate_per_s=40"}
+        found.append(f"serving.requests.{size[whole.serving.requests.kind]}")
+        return [*found, "serving.requests.output_tokens=3", "serving.draws=1", "replicas=1"]
     found = [f"traffic.tokens_per_rank={tokens}", f"steps.count={min(2, whole.steps.count)}", "replicas=1"]
     found += ["schedule.engine=max_plus", *layer_overrides(whole)]
     if whole.pipelined:  # two stages that fill a pipeline
@@ -89,6 +94,11 @@ def test_scenario_says_what_it_asks_and_is_affordable(name: str) -> None:
 def test_scenario_runs_in_small(name: str) -> None:
     """Laws of conservation are checked inside the run; here, that the tables agree with each other."""
     result = sim.run(SCENARIOS / f"{name}.yaml", overrides=reduced(name))
+    if result.scenario.serving is not None:
+        requests, names = result.requests, [policy.name for policy in result.scenario.policies]
+        assert list(result.service.policy) == names == list(dict.fromkeys(requests.policy))
+        assert requests.groupby("policy").size().nunique() == 1 and (requests.e2e_s > 0).all()
+        return
     small, steps, layers = result.scenario, result.steps, result.layers
     always = ["max_vio", "max_vio_floor", "kept_affinity", "least_share", "device_max_over_mean", "dropped_share"]
     tokens = small.parallel.ep_size * small.group_tokens

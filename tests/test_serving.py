@@ -127,7 +127,7 @@ def units(draw: st.DrawFn) -> dict[str, object]:
         "max_num_batched_tokens": draw(st.integers(24, 64)),
         "chunked_prefill": draw(st.booleans()),
         "block_size": draw(st.sampled_from([1, 4, 16])),
-        "prefix_cache": draw(st.booleans()),
+        "prefix_cache": draw(st.sampled_from(["none", "rank", "shared"])),
         "speculative_tokens": spec,
         "acceptance": draw(st.sampled_from([0.0, 0.5, 1.0])),
         "load_balance_method": draw(st.sampled_from(["round_robin", "shortest_queue", "fewest_tokens"])),
@@ -256,7 +256,7 @@ def test_decodes_are_padded_to_graph_sizes() -> None:
 
 
 def test_a_cached_prefix_is_not_computed_again() -> None:
-    one = unit(block_size=4, prefix_cache=True)
+    one = unit(block_size=4, prefix_cache="rank")
     requests = requests_of([0, 10**11, 2 * 10**11], [40, 40, 40], [2, 2, 2], [7, 7, 8], [30, 20, 30])
     clock = Clock()
     found = serve(requests, sizes_of(one), policy=Fake(clock))
@@ -268,7 +268,7 @@ def test_a_cached_prefix_is_not_computed_again() -> None:
 
 
 def test_prefixes_that_continue_each_other_share_their_beginning() -> None:
-    one = unit(block_size=4, prefix_cache=True)
+    one = unit(block_size=4, prefix_cache="rank")
     tree = PrefixTree(np.array([-1, 0, 0], np.int32), np.array([8, 16, 20], np.int64))
     requests = requests_of([0, 10**11, 2 * 10**11], [30] * 3, [1] * 3, [1, 2, 2], [16, 20, 18], tree)
     found = serve(requests, sizes_of(one))

@@ -44,13 +44,17 @@ def problems(scenario: Scenario) -> Iterator[Rule]:
                 yield ("serving", "faults", j, field), f"must be < {limit}"
         if fault.until_s is not None and fault.until_s <= fault.at_s:
             yield ("serving", "faults", j, "until_s"), f"must be > at_s = {fault.at_s:g}"
+    if roles == {"decode"} and serving.slo.ttft_s is not None:
+        yield ("serving", "slo", "ttft_s"), "has no meaning at decode units alone: prompts come with their cache"
     if serving.warmup_s >= serving.duration_s:
         yield ("serving", "warmup_s"), f"must be < duration_s = {serving.duration_s:g}"
-    if "path" in type(serving.requests).model_fields:  # recorded requests are read once, so that a bad file is refused
-        try:
-            serving.requests.draw(serving.duration_s, scenario.traffic.topic_weights, scenario.seed, 0)
-        except (ValueError, OSError) as error:
-            yield ("serving", "requests"), str(error)
+    # Recorded requests are read once, and of generated ones none are drawn, so that what cannot be drawn is refused.
+    recorded = "path" in type(serving.requests).model_fields
+    try:
+        span_s = serving.duration_s if recorded else 1e-9
+        serving.requests.draw(span_s, scenario.traffic.topic_weights, scenario.seed, 0)
+    except (ValueError, OSError) as error:
+        yield ("serving", "requests"), str(error)
     for i, policy in enumerate(scenario.policies):
         if policy.rebalance.interval_steps is not None:
             yield ("policies", i, "rebalance", "interval_steps"), "is for runs of steps; set interval_s"
@@ -58,6 +62,17 @@ def problems(scenario: Scenario) -> Iterator[Rule]:
 
 def _unit_problems(scenario: Scenario, j: int, unit: Unit) -> Iterator[Rule]:
     where = ("serving", "units", j, "parallel")
+    needed = unit.max_num_seqs * (1 + unit.speculative_tokens)
+    if unit.role != "prefill" and unit.max_num_batched_tokens < needed:
+        yield (
+            ("serving", "units", j, "max_num_batched_tokens"),
+            f"must be >= max_num_seqs x (1 + speculative_tokens) = {needed}, or not all decodes fit",
+        )
+    if unit.long_prefill_token_threshold is not None and not unit.chunked_prefill:
+        yield ("serving", "units", j, "long_prefill_token_threshold"), "needs chunked_prefill"
+    for field in ("cache_store_tokens", "cache_load_bytes_per_s"):
+        if getattr(unit, field) is not None and unit.prefix_cache != "shared":
+            yield ("serving", "units", j, field), "is of a shared cache; set prefix_cache: shared"
     if unit.parallel.dp_size is not None:
         yield (*where, "dp_size"), "attention's data-parallel ranks of a unit are ep_size / tp_size"
     if unit.parallel.pp_size > 1:

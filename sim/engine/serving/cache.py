@@ -7,6 +7,7 @@ from collections import OrderedDict
 import numpy as np
 
 from sim.engine.serving.request import Request, Span
+from sim.engine.serving.store import Store
 from sim.tokens import I64
 
 
@@ -24,11 +25,13 @@ class Blocks:
 
     capacity: blocks of a rank. used: [D] held by requests. idle: [D] of cached prefixes that no request stands on,
     evicted when room is short, least recently used prefix first, its end before its beginning. used + idle never exceeds
-    capacity.
+    capacity. store: a cache beside the ranks; hits of it are copied into blocks of the request's own.
     """
 
-    def __init__(self, n_ranks: int, capacity: int, block_size: int, caching: bool) -> None:
-        self.capacity, self.block_size, self.caching = capacity, block_size, caching
+    def __init__(
+        self, n_ranks: int, capacity: int, block_size: int, *, caching: bool, store: Store | None = None
+    ) -> None:
+        self.capacity, self.block_size, self.caching, self.store = capacity, block_size, caching, store
         self.used = np.zeros(n_ranks, dtype=np.int64)
         self.idle = np.zeros(n_ranks, dtype=np.int64)
         self._prefixes: list[OrderedDict[int, _Prefix]] = [OrderedDict() for _ in range(n_ranks)]
@@ -86,7 +89,7 @@ class Blocks:
             prefix.users += 1
         self.take(rank, wanted)
         request.own, request.shared = wanted, tuple(key for key, _, _ in hits)
-        request.computed = found * self.block_size
+        request.computed = found * self.block_size if self.store is None else self.store.find(request)
         return True
 
     def _pin(self, rank: int, prefix: _Prefix, blocks: int) -> None:
@@ -98,6 +101,8 @@ class Blocks:
 
     def keep(self, rank: int, request: Request) -> None:
         """The request's prompt has been computed: let its prefixes stay for later requests."""
+        if self.store is not None:
+            self.store.keep(request)
         for span in request.path if self.caching else ():
             whole = self._blocks(span)
             if not whole:

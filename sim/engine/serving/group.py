@@ -8,6 +8,7 @@ then fill what is left of the token budget. Nothing here loops over running requ
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +21,7 @@ from sim.engine.serving.decodes import Decodes
 from sim.engine.serving.policy import State
 from sim.engine.serving.request import Acceptance, Request
 from sim.tokens import F64, I32, I64, Bool
+from sim.units import to_ps
 
 if TYPE_CHECKING:
     from sim.engine.serving.incidents import Incident
@@ -31,7 +33,7 @@ class Group:
     """Ranks ``first`` .. of a unit. Everything that changes is reached through the world's events.
 
     waiting: per rank, requests in the order in which they will be taken. admitted: per rank, those that run, in the order
-    of admission. partial: per rank, the prompt that is partly computed. arriving: per rank, requests whose cache is to be
+    of admission. partial: per rank, prompts that are partly computed. arriving: per rank, requests whose cache is to be
     handed over here, as long as there is no room for them.
     """
 
@@ -48,12 +50,13 @@ class Group:
             fleet.prompt_tokens[here],
         )
         self.alive, self.ready = fleet.alive[here], fleet.ready[here]
-        self.blocks = Blocks(n, sizes.capacity_blocks, self.unit.block_size, self.unit.prefix_cache)
+        caching, store = self.unit.prefix_cache == "rank", world.stores[unit]
+        self.blocks = Blocks(n, sizes.capacity_blocks, self.unit.block_size, caching=caching, store=store)
         self.acceptance = Acceptance(self.unit.speculative_tokens, self.unit.acceptance, world.seed, world.replica)
         self.decodes = Decodes(n, world.n_topics, self.unit.block_size, self.acceptance.mean, fleet.context[here])
         self.waiting: list[deque[Request]] = [deque() for _ in range(n)]
         self.admitted: list[dict[Request, None]] = [{} for _ in range(n)]
-        self.partial: list[Request | None] = [None] * n
+        self.partial: list[list[Request]] = [[] for _ in range(n)]
         self.arriving: list[deque[Request]] = [deque() for _ in range(n)]
         self.seats = np.zeros(n, dtype=np.int64)  # taken or reserved
         self.prompting = np.zeros(n, dtype=np.int64)  # waiting or partly computed
@@ -75,6 +78,7 @@ class Group:
         self._late: list[dict[Request, int]] = [{} for _ in range(n)]  # decodes whose last token is older, and when
         self._sleep: Sleep | None = None
         self._cached = 0
+        self._loading: dict[int, int] = {}  # tokens that ranks load from the shared cache in this iteration
         self.iterations = 0
 
     # Requests come and go
@@ -121,7 +125,7 @@ class Group:
         if request.joined >= 0:
             self._leave_decodes(rank, request)
         else:
-            self.partial[rank] = None
+            self.partial[rank].remove(request)
             self._count_prompting(rank, request, -1)
         self.blocks.release(rank, request)
 
@@ -163,7 +167,7 @@ class Group:
                 if self.moving:
                     self.moving.while_idle(since)
                 continue
-            timed = self.times.time(work, self.iterations)
+            timed = self._loaded(self.times.time(work, self.iterations))
             start, duration = int(env.now), timed.duration_ps
             if self.moving:
                 duration += self.moving.during(timed)
@@ -171,6 +175,16 @@ class Group:
             self._finish(start, work, timed)
             if self.moving:
                 self.moving.look()
+
+    def _loaded(self, timed: Timed) -> Timed:
+        """The iteration, begun when the slowest rank has loaded what its prompts hit in the shared cache."""
+        rate = self.unit.cache_load_bytes_per_s
+        if rate is None or not self._loading:
+            return timed
+        load_ps = int(to_ps(max(self._loading.values()) * self.sizes.kv_bytes_per_token / rate))
+        return replace(
+            timed, duration_ps=timed.duration_ps + load_ps, communication_ps=timed.communication_ps + load_ps
+        )
 
     def _land(self) -> None:
         """Let requests that were handed over meanwhile take part from the next iteration on."""
@@ -181,7 +195,7 @@ class Group:
     def _schedule(self) -> Work | None:
         """Fill an iteration, or return None if there is nothing to do."""
         decodes = self.decodes
-        self._chunks, self._cached, self._resting = [], 0, None
+        self._chunks, self._cached, self._resting, self._loading = [], 0, None, {}
         if self.unit.chunked_prefill:
             self._grow()
             self._fill()
@@ -258,26 +272,28 @@ class Group:
             self._fill_rank(rank, most - decoding * self._per_decode)
 
     def _fill_rank(self, rank: int, budget: int) -> None:
-        before, whole = len(self._chunks), not self.unit.chunked_prefill
-        request = self.partial[rank]
-        while budget > 0:
-            if request is None:
-                if not self.waiting[rank] or self.seats[rank] >= self.unit.max_num_seqs:
-                    break
-                request = self.waiting[rank][0]
-                if whole and len(self._chunks) > before and request.prompt > budget:
-                    break
-                if not self.blocks.admit(rank, request):
-                    break
-                self._admit(rank, request)
+        whole, partial, waiting = not self.unit.chunked_prefill, self.partial[rank], self.waiting[rank]
+        most = self.unit.long_prefill_token_threshold or budget
+        for request in partial:
+            if budget <= 0:
+                return
+            taken = min(request.prompt - request.computed, budget, most)
+            self._chunks.append((rank, request, taken))
+            budget -= taken
+        before = len(self._chunks)
+        while budget > 0 and waiting and self.seats[rank] < self.unit.max_num_seqs:
+            request = waiting[0]
+            if whole and len(self._chunks) > before and request.prompt > budget:
+                break
+            if not self.blocks.admit(rank, request):
+                break
+            self._admit(rank, request)
             left = request.prompt - request.computed
-            taken = left if whole else min(left, budget)
+            taken = left if whole else min(left, budget, most)
             self._chunks.append((rank, request, taken))
             budget -= taken
             if taken < left:
-                self.partial[rank] = request
-                break
-            request = None
+                partial.append(request)
 
     def _admit(self, rank: int, request: Request) -> None:
         self.waiting[rank].popleft()
@@ -286,6 +302,8 @@ class Group:
         self.admitted[rank][request] = None
         if self.world.fleet.decode_alone and not request.generated:
             request.computed = request.prompt - 1  # the last token is the first one's query
+        elif self.blocks.store is not None and request.computed:
+            self._loading[rank] = self._loading.get(rank, 0) + request.computed
         self._cached += request.computed
         if request.cached_tokens < 0:
             request.cached_tokens = request.computed
@@ -309,7 +327,7 @@ class Group:
     def _finish(self, start: int, work: Work, timed: Timed) -> None:
         """The iteration is over: tokens reach users, requests end or go on."""
         now, blocks, log = int(self.world.env.now), self.blocks, self.world.log
-        waiting = self.n_waiting_here
+        waiting, running = self.n_waiting_here, self.decodes.n + len(self._chunks)
         used, fullest = int(blocks.used.sum()), int(blocks.used.max())
         self._count_gaps(now, work.decode_requests)
         given, asking = self._given, self._asking
@@ -326,7 +344,7 @@ class Group:
         for rank in range(self.n_ranks) if any(self.arriving) else ():
             self.receive(rank)
         row = (
-            self.number, start, now, asking, waiting, used, fullest, computed, self._cached, given,
+            self.number, start, now, asking, running, waiting, used, fullest, computed, self._cached, given,
             timed.attention_ps, timed.experts_ps, timed.communication_ps, timed.other_ps,
         )  # fmt: skip
         log.iteration(row, timed.imbalance)
@@ -351,8 +369,8 @@ class Group:
             last[served] = now
 
     def _prompt_done(self, rank: int, request: Request, now: int) -> None:
-        if self.partial[rank] is request:
-            self.partial[rank] = None
+        if request in self.partial[rank]:
+            self.partial[rank].remove(request)
         self._count_prompting(rank, request, -1)
         self.blocks.keep(rank, request)
         request.generated += 1

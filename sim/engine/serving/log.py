@@ -7,10 +7,11 @@ import numpy as np
 from sim.tokens import F64, I64
 
 COLUMNS = (
-    "group", "start_ps", "end_ps", "decoding", "waiting", "used_blocks", "fullest", "prompt_tokens", "cached_tokens",
+    "group", "start_ps", "end_ps", "decoding", "running", "waiting", "used_blocks", "fullest", "prompt_tokens", "cached_tokens",
     "output_tokens", "attention_ps", "experts_ps", "communication_ps", "other_ps",
 )  # fmt: skip
-"""Integers of an iteration. group: over all units. decoding, waiting: requests. used_blocks: sum over ranks; fullest: the
+"""Integers of an iteration. group: over all units. decoding, running, waiting: requests, those that run being decodes, in
+this iteration or resting, and the prompts being computed. used_blocks: sum over ranks; fullest: the
 most of one rank. prompt_tokens, cached_tokens, output_tokens: computed, found in the cache, and given to users."""
 
 _PACK = 4096

@@ -21,7 +21,8 @@ _BINS = 100  # of the timeline, over the time in which requests arrive
 
 
 class Tables:
-    """What a finished run comes down to; the means leave out requests and time before ``serving.warmup_s``."""
+    """What a finished run comes down to. The means leave out requests and time before ``serving.warmup_s``; rates are over
+    the time from then on until ``serving.duration_s``, or the last request's end if that comes first."""
 
     def __init__(
         self,
@@ -33,8 +34,9 @@ class Tables:
     ) -> None:
         self.served, self.serving, self.topics, self.price, self.head = served, serving, topics, price_per_hour, head
         self.log, self.imbalance = served.log.columns(), served.log.imbalances()
-        self.begin_ps, self.until_ps = int(to_ps(serving.warmup_s)), int(to_ps(serving.duration_s))
-        self.window_s = (self.until_ps - self.begin_ps) / PS_PER_S
+        self.begin_ps = int(to_ps(serving.warmup_s))
+        self.until_ps = max(self.begin_ps, min(int(to_ps(serving.duration_s)), served.end_ps))
+        self.window_s = (self.until_ps - self.begin_ps) / PS_PER_S or math.nan  # all is over before it begins
         self.unit_of_group = served.fleet.unit[np.unique(served.fleet.group, return_index=True)[1]]
         self.row_unit = self.unit_of_group[self.log["group"]] if len(self.unit_of_group) else self.log["group"]
         self.inside = within(self.log["start_ps"], self.log["end_ps"], self.begin_ps, self.until_ps) / PS_PER_S
@@ -71,7 +73,7 @@ class Tables:
         def seconds(ps: I64) -> F64:
             return np.where(refused, np.nan, ps / PS_PER_S)
 
-        ttft, e2e = seconds(first - arrival), seconds(end - arrival)
+        to_first, e2e = seconds(first - arrival), seconds(end - arrival)
         names = [size.unit.name for size in self.sizes]
         columns: dict[str, Any] = {
             "request": np.arange(len(found)),
@@ -82,8 +84,9 @@ class Tables:
             "group": np.where(place >= 0, index, -1),
             "rank": np.where(place >= 0, place - first_rank[group], -1),
             "queued_s": seconds(column("queued_ps")),
-            "ttft_s": ttft,
-            "tpot_s": tpot_s(ttft, e2e, output),
+            # Where prompts come with their cache, nobody knows when they were asked.
+            "ttft_s": np.full(len(found), np.nan) if fleet.decode_alone else to_first,
+            "tpot_s": tpot_s(to_first, e2e, output),
             "e2e_s": e2e,
             "input_tokens": column("input_tokens"),
             "output_tokens": output,
@@ -110,7 +113,7 @@ class Tables:
         gaps, weights = served.log.token_gaps()
         row: dict[str, float] = {}
         for name, values in (
-            ("ttft", spread(ttft)),
+            ("ttft", spread(ttft[~np.isnan(ttft)])),
             ("tpot", spread(per_token[~np.isnan(per_token)])),
             ("itl", weighted_spread(gaps / PS_PER_S, weights.astype(np.float64))),
             ("e2e", spread(e2e)),
@@ -119,8 +122,8 @@ class Tables:
             row |= {f"{name}_{key}_s": value for key, value in values.items()}
         row["user_tokens_per_s"] = 1.0 / row["tpot_mean_s"] if row["tpot_mean_s"] else math.nan
         row |= {
-            "goodput_share": float(good.sum() / max(1, counted.sum())),
-            "goodput_per_s": float(good.sum() / self.window_s),
+            "goodput_share": float(good.sum() / counted.sum()) if counted.any() else math.nan,
+            "goodput_per_s": float(good.sum() / self.window_s) if counted.any() else math.nan,
         }
         row |= {"requests": int(counted.sum()), "refused": int((refused & counted).sum())}
         for name in ("preemptions", "retries"):
@@ -178,9 +181,12 @@ class Tables:
         return np.array([size.n_ranks * size.capacity_blocks for size in self.sizes], dtype=np.float64)[self.row_unit]
 
     def _timeline(self, u: int) -> Iterable[dict[str, Any]]:
-        edges = np.linspace(0, self.until_ps, _BINS + 1).astype(np.int64)
+        edges = np.linspace(0, to_ps(self.serving.duration_s), _BINS + 1).astype(np.int64)
         width_s = np.diff(edges) / PS_PER_S
-        sums = {name: np.zeros(_BINS) for name in ("busy", "queue", "decoding", "kv", "imbalance", "input", "output")}
+        sums = {
+            name: np.zeros(_BINS)
+            for name in ("busy", "queue", "running", "decoding", "kv", "imbalance", "input", "output")
+        }
         blocks = self.sizes[u].n_ranks * self.sizes[u].capacity_blocks
         for group in np.flatnonzero(self.unit_of_group == u).tolist():
             rows = self.log["group"] == group
@@ -189,6 +195,7 @@ class Tables:
             for name, rate in (
                 ("busy", np.ones(len(lasts))),
                 ("queue", log["waiting"]),
+                ("running", log["running"]),
                 ("decoding", log["decoding"]),
                 ("kv", log["used_blocks"] / blocks),
                 ("imbalance", self.imbalance[rows]),
@@ -202,6 +209,7 @@ class Tables:
             "time_s": edges[:-1] / PS_PER_S,
             "utilisation": sums["busy"] / width_s / count,
             "queue": sums["queue"] / width_s,
+            "running": sums["running"] / width_s,
             "decoding": sums["decoding"] / width_s,
             "kv": sums["kv"] / width_s / count,
             "input_tokens_per_s": sums["input"] / width_s,

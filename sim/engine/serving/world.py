@@ -9,7 +9,7 @@ import numpy as np
 import simpy
 
 from sim.conservation import ConservationError
-from sim.deployment import Serving
+from sim.deployment import Serving, Unit
 from sim.engine.serving.clock import At, Order
 from sim.engine.serving.fleet import Fleet, Sizes
 from sim.engine.serving.group import Group
@@ -19,6 +19,7 @@ from sim.engine.serving.moves import rebalancing
 from sim.engine.serving.policy import ServingPolicy
 from sim.engine.serving.request import Request, arriving
 from sim.engine.serving.stages import Stage, System
+from sim.engine.serving.store import Store
 from sim.requests import Requests
 from sim.units import PS_PER_S, to_ps
 
@@ -60,6 +61,7 @@ class World:
         self.faults: list[dict[str, Any]] = []
         self.rebalances: list[dict[str, Any]] = []
         self.unit_maps = [policy.first(u) for u in range(len(sizes))]  # as last planned
+        self.stores = [_store(size.unit) for size in sizes]
         self.groups: list[Group] = []
         self.deaths = np.zeros(len(self.fleet.unit), dtype=np.int64)  # of each rank so far
         self._held: dict[Request, int] = {}  # handed over: deaths of the rank that holds the cache, at that time
@@ -263,3 +265,10 @@ class World:
     def seconds(self) -> float:
         """Seconds so far."""
         return float(self.env.now) / PS_PER_S
+
+
+def _store(unit: Unit) -> Store | None:
+    if unit.prefix_cache != "shared":
+        return None
+    tokens = unit.cache_store_tokens
+    return Store(unit.block_size, None if tokens is None else tokens // unit.block_size)

@@ -1,0 +1,76 @@
+"""The text of a run of steps: balance beside its floors, times, and where there is a pipeline what training costs."""
+
+from __future__ import annotations
+
+import math
+
+from sim.metrics.dynamics import MIN_STEPS
+from sim.report.about import describe
+from sim.report.grids import grid, titled
+from sim.report.remarks import remarks_on
+from sim.results import Result
+
+_BALANCE = (
+    "max_vio_batch", "max_vio_batch_floor", "max_vio_global", "max_vio_global_floor", "device_max_over_mean",
+    "least_share", "kept_affinity", "nodes_per_token", "devices_per_token", "inter_node_bytes",
+)  # fmt: skip
+_EXPERTS = (
+    "max_vio_sequence", "max_vio_sequence_floor", "max_vio_micro_batch", "max_vio_micro_batch_floor", "max_vio_ep_group",
+    "topic_max_vio", "specialisation_bits", "kept_against_oracle",
+    "starved_10pct", "update_cv", "experts_per_token", "max_vio_asked", "dropped_share", "dropped_worst_topic",
+    "offset_rms",
+)  # fmt: skip
+_CONTROL = ("max_vio_late", "settling_step", "ripple", "churn")
+_TIME = (
+    "step_time_s", "attention_s", "experts_s", "other_compute_s", "exposed_communication_s", "waiting_s",
+    "tokens_per_s_per_gpu", "moved_bytes", "step_and_moves_s",
+)  # fmt: skip
+_PIPELINE_TIME = (
+    "step_time_s", "forward_s", "backward_s", "weight_gradients_s", "overlapped_s", "bubble_s", "optimizer_s",
+)  # fmt: skip
+_PRICE = (
+    "tokens_per_day", "tokens_per_s_per_gpu", "model_flops_per_s_per_gpu", "mfu", "gpu_hours_per_trillion",
+    "usd_per_trillion", "energy_j_per_trillion",
+)  # fmt: skip
+_MOST_TOPICS = 12  # of which each has a column
+
+
+def _by_topic(result: Result) -> list[str]:
+    """Policies x topics: MaxVio within each topic and, where something is dropped, the share that is."""
+    topics, table = result.scenario.traffic.topics, result.tables.get("topics", {})
+    if not table or not 1 < len(topics) <= _MOST_TOPICS:
+        return []
+    lines: list[str] = []
+    for column, label, scale in (("max_vio", "MaxVio within", 1.0), ("dropped_share", "dropped %", 100.0)):
+        values: dict[tuple[str, str], list[float]] = {}
+        for policy, topic, value in zip(table["policy"], table["topic"], table[column], strict=True):
+            if not math.isnan(value):
+                values.setdefault((policy, topic), []).append(value * scale)
+        means = {key: math.fsum(found) / len(found) for key, found in values.items()}
+        if not any(means.values()):
+            continue
+        shown = [policy.name for policy in result.scenario.policies]
+        if column == "dropped_share":  # most policies drop nothing
+            shown = [name for name in shown if any(means.get((name, topic)) for topic in topics)]
+        rows = [
+            [name, *(f"{means[key]:.2f}" if (key := (name, topic)) in means else "-" for topic in topics)]
+            for name in shown
+        ]
+        lines += ["", *grid([label, *topics], rows)]
+    return lines
+
+
+def terminal(result: Result) -> str:
+    """Return the whole text of a run of steps."""
+    tables = [_BALANCE, _EXPERTS]
+    parts = [*describe(result.scenario), *titled(result, tables), *_by_topic(result)]
+    tables = [_CONTROL] if result.scenario.steps.count >= MIN_STEPS else []
+    if len(result.scenario.timed_steps()):
+        tables += [_PIPELINE_TIME, _PRICE] if result.scenario.pipelined else [_TIME]
+    parts += titled(result, tables)
+    notes = [
+        "",
+        "(floor): MaxVio of a perfectly uniform random gate at this batch size. Means over MoE layers and steps",
+    ]
+    notes[-1] += ", ± 95 % over replicas." if result.scenario.replicas > 1 else "; one replica, so no intervals."
+    return "\n".join([*parts, *notes, *remarks_on(result.scenario)])
