@@ -24,6 +24,8 @@ _DRAW_S, _DRAWN_S, _KEPT_S = 0.1e-3, 2e-9, 10e-9
 # Building the network of one timed step: per device of the cluster, and per pair of ranks of the group.
 # A pipelined step: per MoE layer, micro-batch and pair of ranks.
 _CHUNK_S = 0.2e-6
+# A replicated layer's quotas per micro-batch: once, and per rank and slot.
+_CHOICE_S, _QUOTA_S = 1e-3, 40e-9
 _DEVICE_BYTES, _PAIR_BYTES = 1300.0, 150.0
 _DEVICE_S, _PAIR_S = 8.5e-6, 2.7e-6
 # Serving: an iteration's guessed length, seconds of processor time and bytes kept; batches timed for each draw, and
@@ -133,7 +135,8 @@ def estimate(scenario: Scenario) -> Estimate:
         key = model.model_dump_json()
         models[key] = max(models.get(key, 0.0), per_policy * _SHARED_S[compiled] * width)
         domain = scenario.cluster.topology.domain(scenario.cluster)
-        per_exchange = 8.0 * ranks * (ranks + ranks / domain + model.n_routed_experts)
+        slots = scenario.slots(policy)
+        per_exchange = 8.0 * ranks * (ranks + ranks / domain + slots.n_slots)
         kept = len(measured_steps(scenario)) * scenario.parts
         if scenario.pipelined:  # of each task's layers only, and once more to stack them
             stages = scenario.schedule.pipeline.copies * -(-model.n_moe_layers // scenario.parallel_of(policy).pp_size)
@@ -141,6 +144,8 @@ def estimate(scenario: Scenario) -> Estimate:
             seconds += model.n_moe_layers * scenario.parts * scenario.replicas * _CHUNK_S * ranks**2
         else:
             memory += per_exchange * model.n_moe_layers * kept * scenario.replicas
+        one, watched = _placed(scenario, policy)
+        seconds, memory = seconds + one, memory + watched
         if scenario.steps.resolution == "count":
             one, pilot = _drawn(scenario, policy)
             seconds, memory = seconds + one, memory + pilot
@@ -177,6 +182,24 @@ def _serving(scenario: Scenario) -> Estimate:
     seconds += work * (_ROUTE_S[compiled_enabled(work)] + _SHARED_S[compiled_enabled(work)])
     memory = _BASE_BYTES + _ITERATION_BYTES * events / runs
     return Estimate(work, events, memory, seconds, _reason(scenario, events, memory, seconds))
+
+
+def _placed(scenario: Scenario, policy: Policy) -> tuple[float, float]:
+    """Seconds of planning and of sharing out one policy's tokens, and bytes of what its placement watches."""
+    model, rule, slots = scenario.model_of(policy), policy.rebalance, scenario.slots(policy)
+    layers, steps = model.n_moe_layers * scenario.replicas, scenario.steps.count
+    plans = 2 + (0 if rule.interval_steps is None else steps // rule.interval_steps)
+    seconds = plans * layers * policy.placement.seconds_per_plan(slots)
+    if slots.num_redundant_experts:
+        seconds += steps * layers * scenario.parts * (_CHOICE_S + _QUOTA_S * slots.ep_size * slots.n_slots)
+    memory = 0.0
+    if "coactivation" in policy.placement.needs:
+        kept = max(rule.history_steps, rule.window_steps or rule.interval_steps or 0, rule.period_steps or 0)
+        memory = 8.0 * (1 + kept) * model.n_routed_experts**2 * min(LAYERS_PER_TASK, model.n_moe_layers)
+    if scenario.steps.record_traffic:
+        pairs = slots.ep_size**2 * scenario.replicas
+        seconds, memory = seconds + 1e-6 * pairs, memory + 300.0 * pairs
+    return seconds, memory
 
 
 def _drawn(scenario: Scenario, policy: Policy) -> tuple[float, float]:

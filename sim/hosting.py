@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -16,21 +17,19 @@ from sim.slots import Slots
 from sim.tokens import F64, I16, I32, I64
 
 
-def forecast(history: F64, ages: F64, rule: Rebalance, *, interval: float, window: float, period: float | None) -> F64:
-    """Return what the next plan is to expect, [W, L, E] tokens, from ``history`` [W, L, E] of windows ``ages`` [W] ago.
+def forecast(ages: F64, rule: Rebalance, *, interval: float, window: float, period: float | None) -> F64:
+    """Return the weights [W] with which the next plan counts windows ``ages`` [W] ago.
 
     Ages, interval, window and period are in one unit, steps or seconds; age 0 is the newest. ``periodic`` looks at the
     windows that lie one period before the interval to come, and at the last window where none were seen.
     """
-    recent = history[ages < window]
     if rule.forecast == "ema":
-        weighted: F64 = history * (rule.ema_decay ** (ages / interval))[:, None, None]
-        return weighted
-    if rule.forecast == "periodic" and period is not None:
-        # The newest window ended now; the coming ones would have age -1 .. -interval.
-        same = history[(ages >= period - interval) & (ages < period)]
-        return same if len(same) else recent
-    return recent
+        weights: F64 = rule.ema_decay ** (ages / interval)
+        return weights
+    # The newest window ended now; the coming ones would have age -1 .. -interval.
+    same = (ages >= period - interval) & (ages < period) if period is not None else ages < 0
+    chosen = same if rule.forecast == "periodic" and same.any() else ages < window
+    return chosen.astype(np.float64)
 
 
 def balancedness(expert_tokens: F64, physical_to_logical_map: I32, slots: Slots) -> F64:
@@ -94,26 +93,25 @@ class Hosting:
         if pairs is not None:
             self.pairs.append(pairs)
         keep = max(self.kept_steps, self.rule.history_steps)
-        del self.loads[:-keep], self.pairs[:-keep]
+        self.loads, self.pairs = self.loads[-keep:] if keep else [], self.pairs[-keep:] if keep else []
 
     def first_plan(self) -> None:
         """Place the experts by the history seen; nothing has to move for that."""
         if self.wants_history and self.loads:
-            self._set(self._plan(self._observed(np.array(self.loads)), self.stream(-1)))
+            seen = self._observed(np.ones(len(self.loads)))
+            self._set(self._plan(replace(seen, previous=None), self.stream(-1)))
 
     def begin(self, step: int) -> None:
         """Plan anew before ``step`` if that is due."""
         self.moved, interval = None, self.rule.interval_steps
         if interval is None or step == 0 or step % interval or not self.loads:
             return
-        history = np.array(self.loads)[:, None, :]
-        ages = np.arange(len(history) - 1, -1, -1, dtype=np.float64)
+        ages = np.arange(len(self.loads) - 1, -1, -1, dtype=np.float64)
         window = float(self.rule.window_steps or interval)
-        seen = history[ages < window].sum(axis=(0, 1))
+        seen = np.array(self.loads)[ages < window].sum(axis=0)
         if balancedness(seen, self.map, self.slots) >= self.rule.threshold:
             return
-        expected = forecast(
-            history,
+        weights = forecast(
             ages,
             self.rule,
             interval=float(interval),
@@ -121,12 +119,17 @@ class Hosting:
             period=None if self.rule.period_steps is None else float(self.rule.period_steps),
         )
         before = self.map
-        self._set(self._plan(self._observed(expected[:, 0]), self.stream(step)))
+        self._set(self._plan(self._observed(weights), self.stream(step)))
         self.moved = moves(before, self.map, self.slots)
 
-    def _observed(self, loads: F64) -> Observed:
-        pairs = np.sum(self.pairs[-len(loads) :], axis=0)[None] if self.watches_pairs and self.pairs else None
-        return Observed(loads[:, None, :], pairs, self.map[None], getattr(self, "rank_times_s", None))
+    def _observed(self, weights: F64) -> Observed:
+        """What was seen, every remembered step counted by its weight [W]; those of no weight are left out."""
+        counted = np.flatnonzero(weights)
+        loads = np.array(self.loads)[counted, None, :] * weights[counted, None, None]
+        pairs = None
+        if self.watches_pairs and self.pairs:
+            pairs = np.sum([self.pairs[i] * weights[i] for i in counted], axis=0)[None]
+        return Observed(loads, pairs, self.map[None], getattr(self, "rank_times_s", None))
 
     def quotas(self, kept: I64) -> I64:
         """Return [P, S]: each source's tokens per slot, for (token, expert) pairs ``kept`` [P, E] of one micro-batch.

@@ -44,18 +44,19 @@ def sizes_of(scenario: Scenario, policy: Policy, unit: Unit) -> Sizes:
 
 
 def _run(job: _Job) -> tuple[dict[str, Table], int]:
-    """Serve one replica's requests under one policy; returns its tables and the number of events."""
-    scenario, policy = job.scenario, job.scenario.policies[job.policy]
+    return serve_one(job.scenario, job.scenario.policies[job.policy], job.replica)
+
+
+def serve_one(scenario: Scenario, policy: Policy, replica: int) -> tuple[dict[str, Table], int]:
+    """Serve one replica's requests under one policy; return its tables and the number of events."""
     serving, traffic = scenario.serving, scenario.traffic
     assert serving is not None
     sizes = tuple(sizes_of(scenario, policy, unit) for unit in serving.units)
-    requests = serving.requests.draw(serving.duration_s, traffic.topic_weights, scenario.seed, job.replica)
+    requests = serving.requests.draw(serving.duration_s, traffic.topic_weights, scenario.seed, replica)
     topics = traffic.topics
-    world = World(
-        serving, sizes, requests, Experts(scenario, policy, job.replica), len(topics), scenario.seed, job.replica
-    )
+    world = World(serving, sizes, requests, Experts(scenario, policy, replica), len(topics), scenario.seed, replica)
     finished = world.run()
-    head: dict[str, Any] = {"policy": policy.name, "replica": job.replica}
+    head: dict[str, Any] = {"policy": policy.name, "replica": replica}
     price = scenario.cluster.device.price_per_hour
     return Tables(finished, serving, topics, price, head).all(), finished.n_events
 

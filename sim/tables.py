@@ -228,11 +228,11 @@ def _exchange_row(scenario: Scenario, index: int, layers: list[list[Exchange]]) 
 def _moves_row(rule: Rebalance, moves: Moves | None, clock: dict[str, Any] | None) -> dict[str, float]:
     """What a new placement before this step moves, and what that adds to its time: all of it where devices wait, else what
     the exchange, busy for its part of the step, has to share its links for."""
+    solver_s = 0.0 if moves is None else rule.solver_s
     moves = moves or Moves(0.0, 0.0)
     row = {"moved_bytes": moves.moved_bytes, "move_s": moves.transfer_s}
     if clock is None:
         return row | {"step_and_moves_s": math.nan}
-    solver_s = rule.solver_s if moves.transfer_s else 0.0
     stall = moves.transfer_s + solver_s if rule.transfer == "stall" else moves.transfer_s * clock["communicating"]
     return row | {"step_and_moves_s": clock["makespan_ps"] / PS_PER_S + stall}
 

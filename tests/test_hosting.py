@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sim
+from sim.cluster import build_network
 from sim.conservation import ConservationError, check_replicas
-from sim.hosting import balancedness, coactivation, forecast
-from sim.placement import Placement, moved_slots, moves
+from sim.engine.moves import transfer
+from sim.hosting import Hosting, balancedness, coactivation, forecast
+from sim.placement import Observed, Placement, moved_slots, moves
+from sim.placement.eplb import Eplb
 from sim.plugin import members
 from sim.repaid import repaid
 from sim.replicas import ReplicaChoice
@@ -72,7 +76,7 @@ def test_experts_move_at_their_interval_and_their_bytes_are_counted() -> None:
 
 def test_a_balanced_layer_keeps_its_map() -> None:
     calm = eplb(rebalance={"interval_steps": 1, "threshold": 0.3})
-    assert (run([calm]).steps.moved_bytes == 0).all()
+    assert (run([calm], **{"steps.timed": "all"}).steps.moved_bytes == 0).all()
 
 
 @given(seeds, st.sampled_from([(1, 4), (2, 4), (4, 2), (8, 8)]), st.integers(1, 3))
@@ -98,15 +102,15 @@ def test_moves_prefer_the_node() -> None:
 
 
 def test_forecasts() -> None:
-    history, ages = np.arange(1.0, 9.0).reshape(8, 1, 1), np.arange(7.0, -1, -1)
+    ages = np.arange(7.0, -1, -1)
 
     def ask(**rule: Any) -> list[float]:
         known = Rebalance(interval_steps=2, **rule)
-        return forecast(history, ages, known, interval=2, window=2, period=6).ravel().tolist()
+        return forecast(ages, known, interval=2, window=2, period=6).tolist()
 
-    assert ask() == [7, 8]
-    assert ask(forecast="periodic") == [3, 4]  # now is step 8; steps 2 and 3 lie one period before 8 and 9
-    assert ask(forecast="ema", ema_decay=0.25) == [(i + 1) * 0.5 ** (7 - i) for i in range(8)]
+    assert ask() == [0] * 6 + [1, 1]
+    assert ask(forecast="periodic") == [0, 0, 1, 1, 0, 0, 0, 0]  # now is step 8; 2 and 3 lie one period before 8 and 9
+    assert ask(forecast="ema", ema_decay=0.25) == [0.5 ** (7 - i) for i in range(8)]
 
 
 def test_balancedness_is_mean_over_max() -> None:
@@ -152,6 +156,8 @@ def test_refusals_name_the_policy() -> None:
     assert "policies.0.placement.num_redundant_experts: 32 + 9 slots must be a multiple of ep_size = 8" in text
     assert "policies.1.parallel.ep_size: 64 ranks need as many devices" in text
     assert "policies.2.rebalance.interval_s" in text
+    with pytest.raises(sim.ScenarioError, match=r"needs steps\.timed: all"):
+        run([eplb(rebalance={"interval_steps": 1})])
     with pytest.raises(sim.ScenarioError, match="replicas are for phase: forward"):
         run([eplb()], **{"schedule.phase": "training"})
 
@@ -184,3 +190,135 @@ def test_moves_are_repaid_after_cost_over_gain() -> None:
     assert row.gain_s == pytest.approx(there.step_time_s.mean() - here.step_time_s.mean()) and row.gain_s > 0
     assert row.steps == pytest.approx(row.cost_s / row.gain_s)
     assert repaid(run([still])) == []
+
+
+def hosting(policy: dict[str, Any], **changes: Any) -> Hosting:
+    scenario = sim.load(TINY, [f"{k}={json.dumps(v)}" for k, v in (FORWARD | {"policies": [policy]} | changes).items()])
+    return Hosting(scenario, scenario.policies[0], 0, 0)
+
+
+def loads(seed: int) -> Any:
+    return np.random.default_rng(seed).integers(1, 1000, 32)
+
+
+def test_a_first_plan_is_free_and_whole() -> None:
+    """Few moves at a time are for later plans."""
+    few = {"name": "few", "placement": {"kind": "incremental", "num_redundant_experts": 8, "max_moves": 0}}
+    found = hosting(few)
+    found.observe(loads(1), None)
+    found.first_plan()
+    fresh = Eplb(num_redundant_experts=8).place(found.slots, Observed(loads(1).astype(float)[None, None]), None)  # type: ignore[arg-type]
+    assert found.map.tolist() == fresh[0].tolist()
+
+
+def test_plans_see_their_window_and_moves_go_from_old_to_new() -> None:
+    rule = {"interval_steps": 2, "window_steps": 3, "history_steps": 0}
+    found = hosting(eplb(rebalance=rule), **{"steps.timed": "all"})
+    for step in range(4):
+        found.observe(loads(step), None)
+    before = found.map
+    found.begin(4)
+    seen = Observed(np.stack([loads(step).astype(float)[None] for step in (1, 2, 3)]))
+    assert found.map.tolist() == Eplb(num_redundant_experts=8).place(found.slots, seen, None)[0].tolist()  # type: ignore[arg-type]
+    assert found.moved is not None and found.moved.tolist() == moves(before, found.map, found.slots).tolist()
+    assert found.moved.tolist() != moves(found.map, before, found.slots).tolist()
+    found.begin(5)
+    assert found.moved is None
+
+
+@pytest.mark.parametrize(("above", "moved"), [(-1e-9, False), (1e-9, True)])
+def test_the_threshold_is_the_balance_below_which_experts_move(above: float, moved: bool) -> None:
+    tokens = loads(3)
+    still = hosting(eplb(rebalance={"history_steps": 0}))
+    at = float(balancedness(tokens.astype(float), still.map, still.slots))
+    rule = {"interval_steps": 1, "history_steps": 0, "threshold": at + above}
+    found = hosting(eplb(rebalance=rule), **{"steps.timed": "all"})
+    found.observe(tokens, None)
+    found.begin(1)
+    assert (found.moved is not None) == moved
+
+
+def test_coactivation_is_counted_in_the_same_window_as_loads() -> None:
+    rule = {"interval_steps": 1, "history_steps": 0, "forecast": "periodic", "period_steps": 3}
+    found = hosting({"name": "c", "placement": "coactivation", "rebalance": rule}, **{"steps.timed": "all"})
+    for step in range(4):
+        found.observe(loads(step), np.full((32, 32), float(step)))
+    weights = forecast(np.arange(2.0, -1, -1), found.rule, interval=1, window=1, period=3)
+    seen = found._observed(weights)
+    assert weights.tolist() == [1, 0, 0] and seen.coactivation is not None
+    assert seen.expert_tokens[0, 0].tolist() == loads(1).tolist() and (seen.coactivation == 1).all()
+
+
+def test_nothing_is_remembered_that_no_plan_will_see() -> None:
+    found = hosting({"name": "c", "placement": "coactivation", "rebalance": {"history_steps": 0}})
+    for step in range(5):
+        found.observe(loads(step), np.zeros((32, 32)))
+    assert not found.loads and not found.pairs
+
+
+def test_the_nearer_holder_sends_though_it_is_busier() -> None:
+    slots = Slots(4, 4, 4, ranks_per_node=2)
+    before = np.array([0, 1, 2, 3, 0, 1, 2, 3], np.int32)  # ranks 0 and 2 hold 0 and 1, ranks 1 and 3 hold 2 and 3
+    after = np.array([0, 1, 0, 1, 0, 1, 2, 3], np.int32)  # rank 1 takes 0 and 1: both from rank 0, its neighbour
+    assert np.argwhere(moves(before, after, slots)).tolist() == [[0, 1]] and moves(before, after, slots)[0, 1] == 2
+    twice = np.array([0, 1, 0, 0, 0, 1, 2, 3], np.int32)
+    assert moves(before, twice, slots).sum() == 1 and moved_slots(before, twice, slots) == 2
+    apart = Slots(4, 4, 4, ranks_per_node=4)
+    sent = moves(before, np.array([0, 1, 0, 1, 0, 1, 0, 1], np.int32), apart)
+    assert sent[[0, 2]].sum(axis=1).tolist() == [2, 2], "two holders share what they send"
+
+
+def test_layers_move_chunk_after_chunk() -> None:
+    scenario = sim.load(TINY, [f"{k}={json.dumps(v)}" for k, v in FORWARD.items()])
+    network = build_network(scenario.cluster, 8)
+    sent = [np.zeros((8, 8), np.int64) for _ in range(3)]
+    sent[0][0, 4], sent[1][1, 5], sent[2][0, 4] = 1, 2, 3
+
+    def seconds(chunk: int, layers: Any = sent) -> float:
+        rule = {"layers_per_chunk": chunk}
+        policy = scenario.policies[0].model_copy(update={"rebalance": Rebalance(**rule)})
+        return transfer(scenario, policy, network, layers).transfer_s
+
+    alone = [seconds(1, [layer]) for layer in sent]
+    assert seconds(1) == pytest.approx(sum(alone))
+    assert seconds(2) == pytest.approx(seconds(1, [sent[0] + sent[1]]) + alone[2])
+    assert seconds(3) == pytest.approx(seconds(1, [sent[0] + sent[1] + sent[2]]))
+
+
+def test_tables_of_arenas_keep_the_order_of_policies() -> None:
+    own = {"name": "own", "parallel": {"ep_size": 4}}
+    result = run([own, {"name": "second"}, {"name": "third", "parallel": {"ep_size": 4}}])
+    assert list(dict.fromkeys(result.steps.policy)) == ["own", "second", "third"]
+    assert list(dict.fromkeys(result.layers.policy)) == ["own", "second", "third"]
+
+
+def test_combines_take_the_links_back_and_training_passes_twice() -> None:
+    """All tokens want the same experts, so nodes do not send as much as they get."""
+    skew = {"name": "a", "select": {"kind": "hash"}}
+    changes = {"steps.record_traffic": True, "steps.count": 1, "traffic.vocabulary": {"size": 1}}
+    changes["model.num_experts_per_tok"] = 1
+    forward = run([skew], **changes)
+    links, nodes = (pd.DataFrame(forward.tables[name]) for name in ("links", "node_pairs"))
+    out = (
+        links[links.link.str.match(r"gpu:\d+->nic")].set_index("link")["bytes"].groupby(lambda n: int(n[4]) // 4).sum()
+    )
+    away = nodes[nodes.source_node != nodes.destination_node]
+    sent = away.set_index("source_node").dispatch_bytes + away.set_index("destination_node").combine_bytes
+    assert out.to_dict() == sent.to_dict() and out[0] != out[1]
+    training = run([skew], **changes, **{"schedule.phase": "training"})
+    assert pd.DataFrame(training.tables["links"])["bytes"].sum() == 2 * links["bytes"].sum()
+
+
+def test_recorded_traffic_without_a_history_is_refused_at_the_policy(tmp_path: Path) -> None:
+    ids = np.argsort(np.random.default_rng(0).random((4, 64, 32)), axis=2)[:, :, :4].astype(np.int16)
+    np.savez(tmp_path / "t.npz", topk_ids=ids)
+    replay = {"kind": "replay", "path": str(tmp_path / "t.npz"), "tokens_per_rank": 2}
+    policy = eplb(select="recorded")
+    changes = {"schedule.phase": "forward", "steps.count": 1, "replicas": 1, "traffic": replay}
+    changes |= {"steps.warmup.steps": 0, "schedule.micro_batches": 1}
+    with pytest.raises(sim.ScenarioError, match=r"policies.0.rebalance.history_steps: .*warmup_steps"):
+        sim.run(TINY, overrides=changes | {"policies": [policy]})
+    started = [policy | {"rebalance": {"history_steps": 0}}]
+    assert len(sim.run(TINY, overrides=changes | {"policies": started}).steps) == 1
+    replay["warmup_steps"] = 1
+    assert len(sim.run(TINY, overrides=changes | {"policies": [policy]}).steps) == 1

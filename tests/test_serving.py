@@ -18,13 +18,16 @@ from sim.engine.serving.cache import Blocks
 from sim.engine.serving.decodes import Decodes
 from sim.engine.serving.experts import without
 from sim.engine.serving.request import Request
+from sim.engine.serving.store import Store
 from sim.engine.serving.tables import Tables
+from sim.loading import load
 from sim.metrics.serving import binned, meets, spread, weighted_spread
 from sim.placement import replica_counts
 from sim.requests import PrefixTree, Requests
 from sim.rng import stream
 from sim.settings import Rebalance
 from sim.units import PS_PER_S, to_ps
+from sim.yamlfile import ScenarioError
 from tests.serving_model import (
     US,
     Clock,
@@ -58,12 +61,26 @@ def ends(finished: Finished) -> list[int]:
 # Against plain models
 
 
-@given(loads(), st.integers(1, 5), st.integers(1, 24), st.integers(1, 7), st.integers(0, 30), st.booleans())
+@given(
+    loads(),
+    st.integers(1, 5),
+    st.integers(1, 24),
+    st.integers(1, 7),
+    st.integers(0, 30),
+    st.booleans(),
+    st.sampled_from([None, 1, 9]),
+)
 def test_a_rank_does_what_a_plain_loop_over_requests_does(
-    requests: Requests, seats: int, budget: int, block: int, spare: int, chunked: bool
+    requests: Requests, seats: int, budget: int, block: int, spare: int, chunked: bool, threshold: int | None
 ) -> None:
     """Chunks, budgets, preemption by recomputation: every time to the picosecond, through every field of `Work`."""
-    one = unit(max_num_seqs=seats, max_num_batched_tokens=max(seats, budget), block_size=block, chunked_prefill=chunked)
+    one = unit(
+        max_num_seqs=seats,
+        max_num_batched_tokens=max(seats, budget),
+        block_size=block,
+        chunked_prefill=chunked,
+        long_prefill_token_threshold=threshold if chunked else None,
+    )
     longest = int((requests.input_tokens + requests.output_tokens - 1).max())
     capacity = -(-longest // block) + spare
     found = serve(requests, sizes_of(one, capacity), duration_s=10.0)
@@ -301,7 +318,7 @@ def test_blocks_are_neither_lost_nor_given_twice(capacity: int, moves: list[tupl
         assert (
             blocks.used[0] + blocks.idle[0] <= capacity and min(r.own for r in [*inside, Request(0, 0, 1, 1, 0)]) >= 0
         )
-        assert all(p.blocks >= p.pinned >= 0 and (p.users > 0 or not p.pinned) for p in known)
+        assert all(p.blocks >= p.pinned == max(p.users.values(), default=0) for p in known)
 
 
 def test_eviction_spares_what_requests_stand_on_and_ends_before_beginnings() -> None:
@@ -323,6 +340,86 @@ def test_eviction_spares_what_requests_stand_on_and_ends_before_beginnings() -> 
     blocks.release(0, stays)
     assert blocks.take(0, 7) and int(blocks.idle[0]) == 0  # least recently used first: prefix 2, then prefix 1
     assert not blocks.take(0, 1)
+
+
+def test_a_request_stands_on_no_more_of_a_prefix_than_it_uses() -> None:
+    """Else one that is alone might find no room to grow, and wait for ever."""
+    blocks = Blocks(1, 14, 1, caching=True)
+    long, short = Request(0, 0, 11, 1, 0, ((1, 0, 10),)), Request(1, 0, 5, 1, 0, ((1, 0, 3),))
+    for request in (long, short):
+        assert blocks.admit(0, request)
+        blocks.keep(0, request)
+    assert int(blocks.used[0]) == 10 + 1 + 2
+    blocks.release(0, long)
+    assert (int(blocks.used[0]), int(blocks.idle[0])) == (3 + 2, 7)
+    assert blocks.take(0, 9) and not blocks.take(0, 1)
+
+
+def test_what_any_rank_has_computed_all_ranks_load_from_a_shared_cache() -> None:
+    """One after the other, hits are those of the cache that forgets nothing; on ranks of their own they are fewer."""
+    draw = stream(0, "test", "shared")
+    n = 60
+    tree = PrefixTree(np.array([-1, 0, 1, -1, 3], np.int32), np.array([8, 20, 31, 12, 40], np.int64))
+    prefix = draw.integers(-1, 5, n)
+    inputs = draw.integers(2, 60, n)
+    tokens = np.where(prefix < 0, 0, np.minimum(tree.tokens[prefix], inputs - 1))
+    spread = [i * 10**12 for i in range(n)], inputs.tolist(), [2] * n, prefix.tolist(), tokens.tolist(), tree
+    requests = requests_of(*spread)
+    more = {"block_size": 1, "load_balance_method": "round_robin", "count": 2}
+    run = world(requests, (sizes_of(unit(ranks=3, prefix_cache="shared", **more)),), duration_s=100.0)
+    hits = [request.cached_tokens for request in run.run().requests]
+    assert hits == requests.reusable_tokens().tolist()
+    (store,) = run.stores
+    assert store is not None and store.blocks == sum(end - first for first, end in store.held.values())
+    assert int(np.sum([group.topic_tokens.sum() for group in run.groups])) == int(inputs.sum()) - sum(hits) + n
+    alone = serve(requests, sizes_of(unit(ranks=3, prefix_cache="rank", **more)), duration_s=100.0).requests
+    assert sum(request.cached_tokens for request in alone) < 0.8 * sum(hits)
+
+
+def test_a_shared_cache_forgets_what_was_used_longest_ago_ends_first() -> None:
+    store = Store(2, 6)
+    first = Request(0, 0, 30, 1, 0, ((1, 0, 4), (2, 4, 8)))
+    store.keep(first)
+    store.keep(Request(1, 0, 30, 1, 0, ((3, 0, 5),)))
+    assert (store.blocks, store.find(first)) == (6, 8)
+    store.keep(Request(2, 0, 30, 1, 0, ((4, 0, 6),)))  # 3 goes, and a block of the prefix that continues 1
+    assert (store.blocks, store.find(first), dict(store.held)[4]) == (6, 6, (0, 3))
+
+
+def test_loading_hits_holds_up_the_iteration_in_which_they_start() -> None:
+    """30 tokens of 1,000 bytes at 1 MB/s."""
+    requests = requests_of([0, 10**12], [40, 40], [1, 1], [7, 7], [30, 30])
+    ends_of = {}
+    for rate in (None, 1e6):
+        one = unit(block_size=1, prefix_cache="shared", cache_load_bytes_per_s=rate)
+        ends_of[rate] = ends(serve(requests, sizes_of(one)))
+    assert [late - early for early, late in zip(ends_of[None], ends_of[1e6], strict=True)] == [0, 30 * MS]
+
+
+def test_a_long_prompt_leaves_room_for_others() -> None:
+    clock = Clock()
+    one = unit(max_num_batched_tokens=50, max_num_seqs=8, long_prefill_token_threshold=20)
+    found = serve(requests_of([0, 0], [60, 30], [1, 1]), sizes_of(one), policy=Fake(clock))
+    assert [int(work.prefill_tokens[0]) for work in clock.seen] == [40, 30, 20]
+    assert found.requests[1].end_ps < found.requests[0].end_ps
+
+
+def test_rates_end_with_the_last_request() -> None:
+    """Requests that are all there at the start, on a run cut at ten times what they take, and at a tenth."""
+    requests = requests_of([0] * 8, [20] * 8, [30] * 8)
+    rates = {}
+    for name, duration_s in (("long", 100.0), ("longer", 1000.0), ("cut", 0.1)):
+        run = world(requests, (sizes_of(unit(max_num_seqs=4)),), duration_s=duration_s)
+        tables = Tables(run.run(), run.serving, ("a", "b", "c"), None, {}).all()
+        rates[name] = tables["service"]
+    end_s = max(tables["requests"]["e2e_s"])
+    assert rates["long"]["output_tokens_per_s_per_gpu"][0] == pytest.approx(8 * 30 / end_s)
+    same = {name: column for name, column in rates["long"].items() if not np.isnan(column[0])}
+    assert same == {name: rates["longer"][name] for name in same}
+    assert rates["cut"]["output_tokens_per_s_per_gpu"][0] > 0 and rates["cut"]["utilisation"][0] == pytest.approx(1.0)
+    late = world(requests, (sizes_of(unit()),), duration_s=100.0, warmup_s=50.0)
+    service = Tables(late.run(), late.serving, ("a", "b", "c"), None, {}).all()["service"]
+    assert np.isnan([service[name][0] for name in ("output_tokens_per_s_per_gpu", "goodput_share")]).all()
 
 
 def test_a_request_put_back_goes_on_with_its_own_draws() -> None:
@@ -398,6 +495,12 @@ def test_at_a_decode_unit_alone_prompts_come_with_their_cache() -> None:
     first = clock.duration(1, 1, 0, 50, 1)
     assert (request.first_ps, request.cached_tokens) == (first, 49)
     assert request.end_ps == first + clock.duration(1, 1, 51, 0, 1) + clock.duration(1, 1, 52, 0, 1)
+    run = world(requests_of([0], [50], [3]), (sizes_of(unit("d", role="decode")),), slo=Slo(e2e_s=9.0))
+    tables = Tables(run.run(), run.serving, ("a", "b", "c"), None, {}).all()
+    assert np.isnan([tables["requests"]["ttft_s"][0], tables["service"]["ttft_p50_s"][0]]).all()
+    assert np.isnan([tables["service"][f"{name}_tokens_per_s_per_gpu"][0] for name in ("input", "cached")]).all()
+    assert np.isnan(tables["service"]["usd_per_million_input"][0])
+    assert tables["service"]["goodput_share"] == [1.0] and tables["requests"]["tpot_s"][0] > 0
 
 
 def test_without_room_at_the_decode_unit_the_cache_waits_where_it_is() -> None:
@@ -492,9 +595,10 @@ def test_tables_say_what_happened() -> None:
     assert service["requests"] == 2 and service["goodput_share"] == 1.0
     assert service["ttft_mean_s"] == np.mean(rows["ttft_s"][1:])
     log = found.log.columns()
+    window_s = 0.5 + rows["e2e_s"][2] - 0.1  # until the last request ends, before duration_s
     given_ = log["output_tokens"][log["end_ps"] > 10**11].sum()
-    assert service["output_tokens_per_s_per_gpu"] == pytest.approx(given_ / 0.9 / 2)
-    assert service["usd_per_million_output"] == pytest.approx(2 * 0.9 / 3600 * 3.6 / given_ * 1e6)
+    assert service["output_tokens_per_s_per_gpu"] == pytest.approx(given_ / window_s / 2)
+    assert service["usd_per_million_output"] == pytest.approx(2 * window_s / 3600 * 3.6 / given_ * 1e6)
     assert sum(tables["timeline"]["output_tokens_per_s"]) / 100 == pytest.approx(23)
     assert tables["units"]["unit"] == ["u"]
 
@@ -521,3 +625,19 @@ def test_gaps_between_tokens_are_counted_for_every_token() -> None:
         assert weights.sum() == sum(outputs) - 80
         assert (gaps * weights).sum() == sum(r.end_ps - r.first_ps for r in found.requests)
         assert sum(r.preemptions for r in found.requests) > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        ("serving.units.0.max_num_batched_tokens=127", "must be >= max_num_seqs x (1 + speculative_tokens) = 128"),
+        ("serving.units.0.cache_store_tokens=9", "set prefix_cache: shared"),
+        ("serving.slo.ttft_s=1", "has no meaning at decode units alone"),
+    ],
+)
+def test_rules_of_units(change: str, rule: str) -> None:
+    path = Path(__file__).resolve().parents[1] / "scenarios/v3_decode.yaml"
+    assert load(path, ["serving.units.0.max_num_batched_tokens=128"]).serving is not None
+    with pytest.raises(ScenarioError) as found:
+        load(path, [change])
+    assert rule in str(found.value)

@@ -73,6 +73,14 @@ def _traffic_problems(scenario: Scenario) -> Iterator[Rule]:
                 source.batch("train", scenario.steps.count - 1, n_ranks=ranks, tokens_per_rank=tokens)
             except (ValueError, OSError) as error:
                 yield ("traffic",), str(error)
+                return
+            for i, other in enumerate(scenario.policies):
+                steps = other.rebalance.history_steps if other.placement.needs else 0
+                try:
+                    for step in range(steps):
+                        source.batch("history", step, n_ranks=ranks, tokens_per_rank=tokens)
+                except ValueError as error:
+                    yield ("policies", i, "rebalance", "history_steps"), f"{error}; 0 starts with experts in order"
             return
 
 
@@ -110,6 +118,8 @@ def _moving_problems(scenario: Scenario, at: Path, policy: Policy) -> Iterator[R
         )
     if rule.interval_steps is not None and scenario.schedule.phase == "training":
         yield (*at, "rebalance", "interval_steps"), "moving experts needs phase: forward"
+    elif rule.interval_steps is not None and scenario.steps.timed != "all":
+        yield (*at, "rebalance", "interval_steps"), "needs steps.timed: all, so that every move is in the means"
     if scenario.steps.resolution == "count" and (redundant or placement.needs or rule.interval_steps):
         yield (*at, "placement"), f"{placement.kind} looks at every token: set steps.resolution: token"
     if rule.forecast == "periodic" and rule.interval_steps and rule.period_steps is None:

@@ -29,8 +29,11 @@ class Annealed(Placement):
 
     kind: Literal["annealed"] = "annealed"
     needs: ClassVar[frozenset[Evidence]] = frozenset({"expert_tokens", "rank_times_s"})
-    steps: Annotated[int, Field(ge=0)] = 1000
+    steps: Annotated[int, Field(ge=0, le=100_000)] = 1000
     start_temperature: Annotated[float, Field(ge=0, le=1)] = 0.001
+
+    def seconds_per_plan(self, slots: Slots) -> float:
+        return 2e-3 + 0.4e-3 * self.steps
 
     def place(self, slots: Slots, observed: Observed, rng: np.random.Generator) -> I32:
         placed = Eplb().place(slots, observed, rng)

@@ -41,6 +41,9 @@ class Incremental(Placement):
     needs: ClassVar[frozenset[Evidence]] = frozenset({"expert_tokens"})
     max_moves: Annotated[int, Field(ge=0)] = 8
 
+    def seconds_per_plan(self, slots: Slots) -> float:
+        return 2e-3 + 1.5e-3 * min(self.max_moves, slots.n_slots)
+
     def place(self, slots: Slots, observed: Observed, rng: np.random.Generator) -> I32:
         if observed.previous is None:
             return Eplb().place(slots, observed, rng)

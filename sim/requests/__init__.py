@@ -86,7 +86,7 @@ def _reused_in_tree(requests: Requests, tree: PrefixTree) -> I64:
     tokens = requests.prefix_tokens.tolist()
     for i, prefix in enumerate(requests.prefix.tolist()):
         path = tree.path(prefix)
-        reused[i] = next((min(tokens[i], held[node]) for node in reversed(path) if held[node]), 0)
+        reused[i] = max((min(tokens[i], held[node]) for node in path), default=0)
         for node in path:
             held[node] = max(held[node], min(tokens[i], int(tree.tokens[node])))
     return reused

@@ -52,8 +52,9 @@ class Replay(Traffic):
     """Which recorded layers serve MoE layers 0, 1, ...: values of the file's ``layers`` array, or positions if it has
     none. Null = the first ones."""
     warmup_steps: int = Field(default=0, ge=0)
-    """Tokens kept for the warm-up phase, as a number of train steps: warm-up batches of any size take theirs from the
-    start of the order, train steps follow behind all of them, so that no token is used twice."""
+    """Tokens kept for what comes before the train steps, as a number of these: batches of the warm-up, and of the history
+    that a first placement is planned from, both take theirs from the start of the order; train steps follow behind, so
+    that none of their tokens was seen before."""
 
     @model_validator(mode="after")
     def _one_use(self) -> Self:

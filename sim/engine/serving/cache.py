@@ -12,12 +12,14 @@ from sim.tokens import I64
 
 
 class _Prefix:
-    """blocks: of the prefix, cached. pinned: the first of them, which its users stand on. users: requests."""
+    """blocks: of the prefix, cached. users: requests, and how many of these, the first ones, each stands on. pinned: the
+    most of any."""
 
     __slots__ = ("blocks", "pinned", "users")
 
     def __init__(self) -> None:
-        self.blocks = self.pinned = self.users = 0
+        self.blocks = self.pinned = 0
+        self.users: dict[Request, int] = {}
 
 
 class Blocks:
@@ -85,14 +87,14 @@ class Blocks:
         if int(self.used[rank]) + newly + wanted > self.capacity:
             return False
         for _, prefix, hit in hits:
-            self._pin(rank, prefix, hit)
-            prefix.users += 1
+            self._pin(rank, prefix, request, hit)
         self.take(rank, wanted)
         request.own, request.shared = wanted, tuple(key for key, _, _ in hits)
         request.computed = found * self.block_size if self.store is None else self.store.find(request)
         return True
 
-    def _pin(self, rank: int, prefix: _Prefix, blocks: int) -> None:
+    def _pin(self, rank: int, prefix: _Prefix, request: Request, blocks: int) -> None:
+        prefix.users[request] = blocks
         newly = blocks - prefix.pinned
         if newly > 0:
             prefix.pinned = blocks
@@ -115,9 +117,8 @@ class Blocks:
                 self.idle[rank] += longer
                 prefix.blocks = whole
                 if span[0] not in request.shared:
-                    prefix.users += 1
                     request.shared += (span[0],)
-                self._pin(rank, prefix, whole)
+                self._pin(rank, prefix, request, whole)
         self._touch(rank, request)
 
     def _touch(self, rank: int, request: Request) -> None:
@@ -132,11 +133,11 @@ class Blocks:
         self.used[rank] -= request.own
         for key in request.shared:
             prefix = self._prefixes[rank][key]
-            prefix.users -= 1
-            if not prefix.users:
-                self.used[rank] -= prefix.pinned
-                self.idle[rank] += prefix.pinned
-                prefix.pinned = 0
+            if prefix.users.pop(request) == prefix.pinned:  # what nobody stands on any more may be evicted
+                left = max(prefix.users.values(), default=0)
+                self.used[rank] -= prefix.pinned - left
+                self.idle[rank] += prefix.pinned - left
+                prefix.pinned = left
         if request.shared:
             self._touch(rank, request)
         request.own, request.shared, request.computed = 0, (), 0

@@ -139,7 +139,8 @@ class Experts:
         keep = balancedness(history[ages_s < window].sum(axis=0), maps, slots) >= rule.threshold
         if keep.all():
             return None
-        expected = forecast(history, ages_s, rule, interval=rule.interval_s, window=window, period=rule.period_s)
+        weights = forecast(ages_s, rule, interval=rule.interval_s, window=window, period=rule.period_s)
+        expected = history[weights > 0] * weights[weights > 0, None, None]
         planned = self.policy.placement.place(slots, self._observed(expected, maps), self._stream(unit))
         return np.where(keep[:, None], maps, planned).astype(np.int32)
 

@@ -304,7 +304,8 @@ class Group:
             request.computed = request.prompt - 1  # the last token is the first one's query
         elif self.blocks.store is not None and request.computed:
             self._loading[rank] = self._loading.get(rank, 0) + request.computed
-        self._cached += request.computed
+        if not self.world.fleet.decode_alone:
+            self._cached += request.computed
         if request.cached_tokens < 0:
             request.cached_tokens = request.computed
         self.world.admitted(request)

@@ -156,6 +156,8 @@ class Tables:
         for name in ("prompt", "cached", "output"):
             row[f"{name}_tokens_per_s_per_gpu"] = float(log[f"{name}_tokens"][ended].sum() / device_s)
         read = row["prompt_tokens_per_s_per_gpu"] + row["cached_tokens_per_s_per_gpu"]
+        if self.served.fleet.decode_alone:  # prompts were computed, and paid for, elsewhere
+            read = row["prompt_tokens_per_s_per_gpu"] = row["cached_tokens_per_s_per_gpu"] = math.nan
         row["input_tokens_per_s_per_gpu"] = read
         for name, rate in (("output", row["output_tokens_per_s_per_gpu"]), ("input", read)):
             row[f"usd_per_million_{name}"] = usd_per_million(rate * 3600, 1.0, self.price)
