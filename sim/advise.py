@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
         "--ep-size", type=int, metavar="N", help="expert-parallel ranks (default: up to 8, or the scenario's)"
     )
     p.add_argument("--redundant", metavar="N,N,...", help="redundant experts to try, multiples of the EP size (default: 0, 1, 2 and 4 per rank)")  # fmt: skip
-    p.add_argument("--tokens-per-rank", type=int, metavar="N", help="batch of one rank (default: 128 in decode, 8192 in prefill, less where the trace is short)")  # fmt: skip
+    p.add_argument("--tokens-per-rank", type=int, metavar="N", help="batch of one rank (default: the scenario's serving unit's, or 128 in decode, 8192 in prefill, less where the trace is short)")  # fmt: skip
     p.add_argument("--interval", type=int, metavar="STEPS", help="steps between two rebalances, such as vLLM's 3000 or SGLang's 1000 (default: ten times what repays one, if plans last)")  # fmt: skip
     p.add_argument("--other-ms", type=float, metavar="MS", help="milliseconds of a step outside the MoE part: attention and all else (default: by the cost laws)")  # fmt: skip
     p.add_argument("--solver-s", type=float, default=1.0, metavar="S", help="host seconds of making a plan and preparing its moves (default: 1, SGLang issue 7879; vLLM issue 37656 has 0.004 to 0.035 for the solver alone)")  # fmt: skip
@@ -46,9 +46,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--layers", type=int, default=8, metavar="N", help="MoE layers to look at, evenly spread (default: 8)"
     )
+    p.add_argument("--batches", type=int, metavar="N", help="batches that a scenario's traffic is recorded for (default: up to 360, as about half a minute allows)")  # fmt: skip
     p.add_argument("--shuffle", action="store_true", help="put whole sequences into random order first: traffic without drift")  # fmt: skip
     p.add_argument("--experts", type=int, metavar="E", help="routed experts of a trace that does not say (default: the largest id + 1)")  # fmt: skip
-    p.add_argument("--policy", metavar="NAME", help="the scenario's policy whose gate to use (default: the first)")
+    p.add_argument(
+        "--policy", metavar="NAME", help="the scenario's policy whose gate to use (default: the first that has one)"
+    )
     p.add_argument(
         "--seed", type=int, default=0, help="of the bootstrap, of decode's mixing, of --shuffle (default: 0)"
     )
@@ -73,17 +76,21 @@ def _main(args: argparse.Namespace) -> int:
         given = _inputs(args)
     except ScenarioError as error:  # one line for each problem
         raise ValueError(str(error)) from None
-    trace, ep_size = given.trace, given.ep_size
-    experts = trace.n_routed_experts
-    redundant = fitting_redundant(experts, ep_size) if args.redundant is None else _numbers(args.redundant)
-    check_redundant(redundant, experts, ep_size)
-    setup = Setup(
-        given.model, given.cluster, given.cost, ep_size, None if args.other_ms is None else args.other_ms / 1e3, args.solver_s, not args.background, args.context,
-        args.interval, args.least_gain / 100, args.seed,
-    )  # fmt: skip
-    sections, phases = [], []
-    for phase in ("decode", "prefill") if args.phase is None else (args.phase,):
-        tokens = args.tokens_per_rank or fitting_tokens(trace.n_tokens, ep_size, phase)
+    sections, phases, assumed = [], [], []
+    for phase, one in given.items():
+        trace, ep_size, experts = one.trace, one.ep_size, one.trace.n_routed_experts
+        redundant = fitting_redundant(experts, ep_size) if args.redundant is None else _numbers(args.redundant)
+        check_redundant(redundant, experts, ep_size)
+        setup = Setup(
+            one.model, one.cluster, one.cost, ep_size, None if args.other_ms is None else args.other_ms / 1e3, args.solver_s, not args.background, args.context,
+            args.interval, args.least_gain / 100, args.seed, one.mode, one.cache_tokens, one.simulated,
+        )  # fmt: skip
+        if args.tokens_per_rank and ep_size * args.tokens_per_rank > trace.n_tokens:
+            raise ValueError(
+                f"--tokens-per-rank {args.tokens_per_rank}: a batch of {ep_size} ranks x {args.tokens_per_rank:,} tokens = "
+                f"{ep_size * args.tokens_per_rank:,} tokens; the traffic has {trace.n_tokens:,}"
+            )
+        tokens = args.tokens_per_rank or one.tokens_per_rank or fitting_tokens(trace.n_tokens, ep_size, phase)
         batches = cut(
             trace, ep_size=ep_size, tokens_per_rank=tokens, phase=phase, layers=args.layers, shuffle=args.shuffle,
             seed=args.seed,
@@ -92,9 +99,15 @@ def _main(args: argparse.Namespace) -> int:
         answer = verdict(setup, batches, found)
         sections.append(report.section(setup, batches, phase, found, answer))
         phases.append(report.as_data(batches, phase, found, answer))
-    assumed = report.assumptions(setup, given.notes)
+        assumed += report.assumptions(setup, one.notes)
+    assumed = list(dict.fromkeys(assumed))
     if args.json:
-        data = {"question": "placement", "traffic": args.traffic, "tokens": trace.n_tokens, "phases": phases}
+        data = {
+            "question": "placement",
+            "traffic": args.traffic,
+            "tokens": next(iter(given.values())).trace.n_tokens,
+            "phases": phases,
+        }
         print(json.dumps(data | {"assumptions": assumed}, indent=1))
     else:
         print("\n\n".join([*sections, "assumed:\n" + "\n".join(f"  {line}" for line in assumed)]))
@@ -102,7 +115,7 @@ def _main(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name, least in (("ep_size", 1), ("tokens_per_rank", 1), ("interval", 1), ("context", 1), ("layers", 1), ("experts", 1), ("seed", 0)):  # fmt: skip
+    for name, least in (("ep_size", 1), ("tokens_per_rank", 1), ("interval", 1), ("context", 1), ("layers", 1), ("batches", 1), ("experts", 1), ("seed", 0)):  # fmt: skip
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least} [got {value}]")
@@ -119,21 +132,28 @@ def _numbers(text: str) -> list[int]:
         raise ValueError(f"--redundant must be numbers separated by commas [got {text[:40]!r}]") from None
 
 
-def _inputs(args: argparse.Namespace) -> Any:
-    from sim.advice.inputs import of_scenario, of_trace
+def _inputs(args: argparse.Namespace) -> dict[Any, Any]:
+    """Return what each phase is asked of."""
+    from sim.advice.inputs import of_trace
 
+    phases = None if args.phase is None else (args.phase,)
     if os.path.splitext(args.traffic)[1].lower() in (".yaml", ".yml"):
         if args.experts is not None:
             raise ValueError("--experts is for traces: a scenario has its own")
-        return of_scenario(
-            args.traffic, SCENARIOS, policy=args.policy, model=args.model, cluster=args.cluster, ep_size=args.ep_size,
-            tokens_per_rank=args.tokens_per_rank, layers=args.layers,
-        )  # fmt: skip
+        from sim.advice.simulated import of_scenario
+
+        return dict(of_scenario(
+            args.traffic, SCENARIOS, phases=phases, policy=args.policy, model=args.model, cluster=args.cluster, ep_size=args.ep_size,
+            tokens_per_rank=args.tokens_per_rank, layers=args.layers, batches=args.batches,
+        ))  # fmt: skip
     if args.policy is not None:
         raise ValueError("--policy is for scenarios: a trace has its choices made")
-    return of_trace(
+    if args.batches is not None:
+        raise ValueError("--batches is for scenarios: a trace has as many as it has")
+    found = of_trace(
         args.traffic, SCENARIOS, experts=args.experts, model=args.model, cluster=args.cluster, ep_size=args.ep_size
     )
+    return dict.fromkeys(phases or ("decode", "prefill"), found)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pydantic import Field
 from sim.plugin import Choice
 from sim.requests import RequestSource
 from sim.settings import Block, Parallel
-from sim.units import BytesPerSecond, Seconds
+from sim.units import BytesPerSecond, Seconds, Span
 
 
 class Unit(Block):
@@ -52,7 +52,7 @@ class Unit(Block):
     cache_load_bytes_per_s: BytesPerSecond | None = None
     """At which one data-parallel rank loads hits of a shared cache; the iteration in which a prompt starts then waits for
     the slowest rank's loads. None: loading is hidden behind the queue and the compute."""
-    cuda_graph_sizes: tuple[int, ...] = ()
+    cuda_graph_sizes: tuple[Annotated[int, Field(gt=0, le=65_536)], ...] = ()
     """Decode batches of a rank are padded to the next of these sizes; above the last one, and if empty, not at all."""
     load_balance_method: Literal["round_robin", "shortest_queue", "fewest_tokens"] = "fewest_tokens"
     """How requests are spread over units and data-parallel ranks (SGLang ``load_balance_method``)."""
@@ -60,7 +60,7 @@ class Unit(Block):
     """Tokens that an MTP module proposes per iteration."""
     acceptance: float = Field(default=0.85, ge=0, le=1)
     """Probability that a proposed token is accepted, given that those before it were (DeepSeek-V3 report: 0.85-0.9)."""
-    host_overhead_s: Seconds = 0.0
+    host_overhead_s: Annotated[Seconds, Field(le=60)] = 0.0
     """Scheduler and launch time of an iteration that the device waits for."""
     max_queue: int | None = Field(default=None, ge=0)
     """Waiting requests of a unit beyond which new ones are refused; None: no limit."""
@@ -69,16 +69,16 @@ class Unit(Block):
 class Slo(Block):
     """A request counts towards goodput if it meets all that is set."""
 
-    ttft_s: Seconds | None = None
-    tpot_s: Seconds | None = None
-    e2e_s: Seconds | None = None
+    ttft_s: Span | None = None
+    tpot_s: Span | None = None
+    e2e_s: Span | None = None
 
 
 class Fault(Block):
     """Something that goes wrong in one group of a unit."""
 
-    at_s: Seconds
-    until_s: Seconds | None = None
+    at_s: Span
+    until_s: Span | None = None
     """When it ends; None: never."""
     unit: str
     index: int = Field(default=0, ge=0)
@@ -87,7 +87,7 @@ class Fault(Block):
     kind: Literal["slow_device", "slow_link", "dead_rank"]
     factor: float = Field(default=2.0, ge=1, le=1e3)
     """How many times slower: the rank's compute, or the bytes that its network ports move per second."""
-    recovery_s: Seconds = 25.0
+    recovery_s: Span = 25.0
     """Time after a death in which the group serves nothing while it regroups (vLLM issue 38862: about 25 s). Experts with
     a replica elsewhere stay; lost ones are then loaded on the ranks that are left, one after the other."""
     load_bytes_per_s: BytesPerSecond = 5e9
@@ -100,15 +100,15 @@ class Serving(Block):
     requests: Annotated[RequestSource, Choice(RequestSource)]
     duration_s: Annotated[float, Field(gt=0, le=9e6)]
     """Arrivals stop here; the run ends when the last request does."""
-    warmup_s: Seconds = 0.0
+    warmup_s: Span = 0.0
     """Requests that arrive before this count in no mean, nor does this time in rates; those end at duration_s, or with the
     last request if that comes first."""
     units: Annotated[tuple[Unit, ...], Field(min_length=1, max_length=16)]
     slo: Slo = Slo()
     faults: tuple[Fault, ...] = ()
-    sampled_layers: int = Field(default=8, gt=0)
+    sampled_layers: int = Field(default=8, gt=0, le=1024)
     """MoE layers whose routing is simulated, evenly spread; the others are taken to behave like them on average."""
-    pool_tokens: int = Field(default=8192, gt=0)
+    pool_tokens: int = Field(default=8192, gt=0, le=2**24)
     """Tokens per topic that are routed once, from which batches are drawn."""
-    draws: int = Field(default=4, gt=0)
+    draws: int = Field(default=4, gt=0, le=1024)
     """Batches drawn for every size that is timed; iterations take one of them in turn."""

@@ -163,6 +163,10 @@ def estimate(scenario: Scenario) -> Estimate:
     return Estimate(work, events, memory, seconds, _reason(scenario, events, memory, seconds))
 
 
+# A request: simulated and written into the table; its state, and a row of the table of each policy and replica.
+_REQUEST_S, _REQUEST_BYTES, _ROW_BYTES = 60e-6, 900.0, 900.0
+
+
 def _serving(scenario: Scenario) -> Estimate:
     """Estimate a run that serves requests, whose iterations are guessed: how long they take is what it will find out."""
     serving = scenario.serving
@@ -180,7 +184,9 @@ def _serving(scenario: Scenario) -> Estimate:
             rank_layers = layers * sum(unit.parallel.ep_size for unit in serving.units)
             seconds += _TIMED_SIZES * serving.draws * rank_layers * _TIMING_S * scenario.replicas
     seconds += work * (_ROUTE_S[compiled_enabled(work)] + _SHARED_S[compiled_enabled(work)])
-    memory = _BASE_BYTES + _ITERATION_BYTES * events / runs
+    requests = serving.requests.expected(serving.duration_s)
+    seconds += runs * requests * _REQUEST_S
+    memory = _BASE_BYTES + _ITERATION_BYTES * events / runs + requests * (_REQUEST_BYTES + _ROW_BYTES * runs)
     return Estimate(work, events, memory, seconds, _reason(scenario, events, memory, seconds))
 
 

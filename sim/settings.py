@@ -19,7 +19,7 @@ from sim.placement.linear import Linear
 from sim.plugin import Choice
 from sim.replicas import ReplicaChoice
 from sim.replicas.static import Static
-from sim.units import Seconds
+from sim.units import Span
 
 
 class Block(BaseModel):
@@ -136,10 +136,10 @@ class Rebalance(Block):
     serves requests; without an interval the first plan stays."""
 
     interval_steps: int | None = Field(default=None, gt=0)
-    interval_s: Annotated[float, Field(gt=0)] | None = None
+    interval_s: Annotated[float, Field(ge=1e-3, le=9e6)] | None = None
     window_steps: int | None = Field(default=None, gt=0, le=10_000)
     """Steps that a plan looks back on; None: one interval."""
-    window_s: Annotated[float, Field(gt=0)] | None = None
+    window_s: Annotated[float, Field(ge=1e-3, le=9e6)] | None = None
     history_steps: int = Field(default=1, ge=0, le=1000)
     """Steps of the same traffic before the first one, from which the first plan is made; 0: experts start in order."""
     threshold: float = Field(default=1.0, ge=0, le=1)
@@ -150,12 +150,12 @@ class Rebalance(Block):
     ``ema_decay`` per interval. ``periodic``: they are those of the same phase, one period ago, where that was seen."""
     ema_decay: float = Field(default=0.5, ge=0, lt=1)
     period_steps: int | None = Field(default=None, gt=0)
-    period_s: Annotated[float, Field(gt=0)] = 86_400.0
+    period_s: Annotated[float, Field(ge=1e-3, le=9e6)] = 86_400.0
     layers_per_chunk: int = Field(default=1, gt=0)
     """Layers whose experts move together (SGLang ``eplb_rebalance_layers_per_chunk``)."""
     transfer: Literal["stall", "background"] = "stall"
     """Whether the devices wait while experts move, or only the messages of the exchange do, which share the links."""
-    solver_s: Seconds = 0.0
+    solver_s: Span = 0.0
     """Time of making one plan on the host: stalls as ``transfer`` says."""
 
 

@@ -60,6 +60,8 @@ def _quantity(dimension: str) -> BeforeValidator:
 
 
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False), _quantity("s")]
+Span = Annotated[Seconds, Field(le=9e6)]
+"""Seconds of simulated time: int64 picoseconds end at 106 days."""
 Bytes = Annotated[float, Field(gt=0, allow_inf_nan=False), _quantity("B")]
 BytesPerSecond = Annotated[float, Field(gt=0, allow_inf_nan=False), _quantity("B/s")]
 FlopsPerSecond = Annotated[float, Field(gt=0, allow_inf_nan=False), _quantity("FLOP/s")]

@@ -20,10 +20,12 @@ from sim.hosting import Hosting, balancedness, coactivation, forecast
 from sim.placement import Observed, Placement, moved_slots, moves
 from sim.placement.eplb import Eplb
 from sim.plugin import members
-from sim.repaid import repaid
 from sim.replicas import ReplicaChoice
+from sim.report import terminal
+from sim.report.repaid import repaid
 from sim.settings import Rebalance
 from sim.slots import Slots
+from sim.units import human
 from tests.strategies import seeds
 
 TINY = str(Path(__file__).resolve().parents[1] / "scenarios" / "tiny.yaml")
@@ -189,6 +191,9 @@ def test_moves_are_repaid_after_cost_over_gain() -> None:
     assert row.cost_s == pytest.approx(here.move_s[here.moved_bytes > 0].mean())
     assert row.gain_s == pytest.approx(there.step_time_s.mean() - here.step_time_s.mean()) and row.gain_s > 0
     assert row.steps == pytest.approx(row.cost_s / row.gain_s)
+    assert f"shortens later steps by {human(row.gain_s, 's')} against still (mean of 2): repaid in" in terminal(
+        result
+    ).replace("\n  ", " ")
     assert repaid(run([still])) == []
 
 

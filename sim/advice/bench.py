@@ -15,6 +15,9 @@ from sim.advice.rest import rest_s
 from sim.slots import Slots
 from sim.tokens import F64, I32
 
+_NOISE = 1e-6
+"""Share of a step below which a saving is the rounding of sums in another order."""
+
 
 class Times(NamedTuple):
     """Judged batches of some windows: seconds [n] of a step, rank imbalance [n] (mean over layers of (max - mean) / mean),
@@ -75,4 +78,5 @@ class Bench:
         Sequences that the replicas displace from the cache leave a smaller batch; its step is taken to last as long.
         """
         with_it, without = self.cache(option).batch_share, self.without.batch_share
-        return base_s - step_s * (without / with_it if self.without.tokens > 0 else 1.0)
+        saved = base_s - step_s * (without / with_it if self.without.tokens > 0 else 1.0)
+        return np.where(np.abs(saved) < _NOISE * base_s, 0.0, saved)

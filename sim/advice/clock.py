@@ -30,7 +30,7 @@ class Clock:
 
     def __init__(self, setup: Setup, phase: Serving, work: int = 0) -> None:
         self.setup = setup
-        self.mode: Mode = "low_latency" if phase == "decode" else "normal"
+        self.mode: Mode = setup.mode or ("low_latency" if phase == "decode" else "normal")
         self.network = build_network(setup.cluster, setup.ep_size)
         self.node = (np.arange(setup.ep_size) // self.network.ranks_per_node).astype(np.int32)
         self.kernels = choose(work)

@@ -10,9 +10,9 @@ from sim.advice import Setup
 from sim.advice.clock import Clock
 from sim.cost.memory import serving_memory_bytes
 from sim.hardware import BYTES_PER_ELEMENT
-from sim.placement import moved_slots
+from sim.placement import moves
 from sim.slots import Slots
-from sim.tokens import I32, I64
+from sim.tokens import I32
 
 _UTILIZATION = 0.9
 """Share of device memory for weights, activations and cache (the default of vLLM's gpu_memory_utilization)."""
@@ -25,7 +25,7 @@ def expert_bytes(setup: Setup) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """A rebalance over all MoE layers: slots that get an expert new to their rank, their bytes, seconds on the links."""
+    """A rebalance over all MoE layers: experts sent from rank to rank, their bytes, seconds on the links."""
 
     slots: float
     bytes: float
@@ -35,11 +35,10 @@ class Move:
 def move(setup: Setup, clock: Clock, before: I32, after: I32, slots: Slots) -> Move:
     """Return what it takes to get from ``before`` [L, S0] to ``after`` [L, S], layer by layer; the L layers stand for all.
 
-    Every rank takes a missing expert from a rank that had it: of its own node if it can, then the one that sends least.
     A map of fewer slots (before redundant experts) counts as that: the new slots are filled like any other.
     """
-    each = float(moved_slots(_padded(before, slots), after, slots).mean())
-    sent = np.stack([_senders(a, b, slots) for a, b in zip(before, after, strict=True)])
+    sent = np.stack([moves(a, b, slots) for a, b in zip(before, after, strict=True)])
+    each = float(sent.sum(axis=(-1, -2)).mean())
     size = expert_bytes(setup)
     seconds, _ = setup.cost.communication.pair_times_s(
         clock.network,
@@ -50,34 +49,6 @@ def move(setup: Setup, clock: Clock, before: I32, after: I32, slots: Slots) -> M
     )
     layers = setup.model.n_moe_layers
     return Move(each * layers, each * layers * size, float(seconds.max(axis=(-1, -2)).mean()) * layers)
-
-
-def _padded(before: I32, slots: Slots) -> I32:
-    """Return ``before`` [L, S0] with an equal number of empty slots (-1) on every rank to make S."""
-    held = before.reshape(len(before), slots.ep_size, -1)
-    padded = np.full((len(before), slots.ep_size, slots.slots_per_rank), -1, dtype=np.int32)
-    padded[..., : held.shape[-1]] = held
-    return padded.reshape(len(before), -1)
-
-
-def _senders(before: I32, after: I32, slots: Slots) -> I64:
-    """Return [P, P] experts that rank s sends to rank d in one layer."""
-    ranks = slots.ep_size
-    held = before.reshape(ranks, -1)
-    has = np.zeros((ranks, slots.n_routed_experts), dtype=bool)
-    has[np.arange(ranks)[:, None], held] = True
-    node = np.arange(ranks) // slots.ranks_per_node
-    sent = np.zeros((ranks, ranks), dtype=np.int64)
-    busy = np.zeros(ranks, dtype=np.int64)
-    for target, wanted in enumerate(after.reshape(ranks, -1)):
-        for expert in np.unique(wanted[~has[target, wanted]]):
-            holders = np.flatnonzero(has[:, expert])
-            near = holders[node[holders] == node[target]]
-            among = near if len(near) else holders
-            source = among[np.argmin(busy[among])]
-            busy[source] += 1
-            sent[source, target] += 1
-    return sent
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +78,8 @@ def cache(setup: Setup, num_redundant_experts: int, sequences: int) -> Cache:
     )["total"]
     room = _UTILIZATION * setup.cluster.device.memory_bytes - used
     tokens = room / model.kv_cache_bytes_per_token()
+    if setup.cache_tokens is not None:
+        tokens = setup.cache_tokens(num_redundant_experts)
     share = min(1.0, max(0.0, tokens) / (sequences * setup.context)) if sequences else 1.0
     return Cache(extra * element, tokens, share)
 

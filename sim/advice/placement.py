@@ -60,8 +60,10 @@ class Judged:
 
     planned, batches: of windows A and B. base_s, base_imbalance, base_cache: without a balancer. other_s: of a step outside
     the experts' part. chosen: the row that did best inside window A. interval: steps between rebalances, asked for or the
-    best that B speaks for. net: the chosen row's saving after costs at that interval. times: autocorrelation times of that
-    saving within B. aged: how its plans age; tail: what the oldest save. every: intervals that compete.
+    best that B speaks for: of those that it spans, if one of them pays. span: steps that B spans. net: the chosen row's
+    saving after costs at that interval. times: autocorrelation times of that saving within B. aged: how its plans age;
+    trend: change of a plan's saving over ``span`` steps of age, as a share of the baseline's step; tail: what the oldest
+    save. every: intervals that compete.
     """
 
     planned: int
@@ -73,9 +75,11 @@ class Judged:
     rows: tuple[Row, ...]
     chosen: Row
     interval: int
+    span: int
     net: Interval
     times: float
     aged: tuple[Aged, ...]
+    trend: Interval
     tail: float
     every: tuple[Every, ...]
 
@@ -102,10 +106,21 @@ def judge(setup: Setup, batches: Batches, phase: Serving, redundant: Sequence[in
     seen = [period * batches.per_window for period in dict.fromkeys((1, 2, 3, len(b))) if period <= len(b)]
     long = [max(seen[-1], math.ceil(REPAID * cost / tail))] if tail > 0 else []
     every = [_every(steps, grid, batches.per_window, mean_s, tail, cost) for steps in dict.fromkeys(seen + long)]
-    interval = setup.interval or max(every, key=lambda one: one.net).steps
-    asked = _every(interval, grid, batches.per_window, mean_s, tail, cost)
-    saved = _replanned(grid, _period(interval, batches.per_window, len(b)))
-    gross = ratio(saved, base.step_s, setup.seed)
+
+    def replanned(steps: int) -> tuple[F64, Interval]:
+        """Return the seconds saved in B's batches, and what is left of a step after the costs of every ``steps``."""
+        saved = _replanned(grid, _period(steps, batches.per_window, len(b)))
+        gross, net = (
+            ratio(saved, base.step_s, setup.seed),
+            _every(steps, grid, batches.per_window, mean_s, tail, cost).net,
+        )
+        return saved, Interval(*(net + value - gross.mean for value in gross))
+
+    # What B has seen whole needs no assumption, so it goes before what may be better further on.
+    best_seen = max(every[: len(seen)], key=lambda one: one.net).steps
+    certain = pays(replanned(best_seen)[1], setup.least_gain)
+    interval = setup.interval or (best_seen if certain else max(every, key=lambda one: one.net).steps)
+    saved, net = replanned(interval)
     return Judged(
         planned=len(a) * batches.per_window,
         batches=len(base.step_s),
@@ -116,7 +131,8 @@ def judge(setup: Setup, batches: Batches, phase: Serving, redundant: Sequence[in
         rows=tuple(rows),
         chosen=chosen,
         interval=interval,
-        net=Interval(*(asked.net + value - gross.mean for value in gross)),
+        span=len(b) * batches.per_window,
+        net=net,
         times=len(saved) / autocorrelation_time(saved),
         aged=tuple(
             Aged(
@@ -125,9 +141,15 @@ def judge(setup: Setup, batches: Batches, phase: Serving, redundant: Sequence[in
             )
             for age in range(len(b))
         ),
+        trend=_trend(grid, mean_s, setup.seed),
         tail=tail,
         every=tuple(every),
     )
+
+
+def pays(net: Interval, least_gain: float) -> bool:
+    """Say whether all of a net saving's interval is above 0 and its mean reaches ``least_gain``."""
+    return net.low > 0 and net.mean >= least_gain
 
 
 def _every(steps: int, grid: list[list[F64]], per_window: int, base_s: float, tail: float, cost: float) -> Every:
@@ -148,6 +170,24 @@ def _tail(grid: list[list[F64]]) -> float:
     """Return the mean seconds saved by the oldest plans in window B: those of the last third of ages."""
     oldest = range(len(grid) - max(1, len(grid) // 3), len(grid))
     return float(np.concatenate([row[age] for row in grid for age in oldest if age < len(row)]).mean())
+
+
+def _trend(grid: list[list[F64]], base_s: float, seed: int) -> Interval:
+    """Return how much less (below 0) or more a plan as old as window B saves than a new one, as a share of ``base_s``.
+
+    The slope through 0 of the differences to the newest plan of the same batches, over ages: a window in which all plans
+    save much or little does not look like age.
+    """
+    found, weights = [], []
+    for window in range(1, len(grid)):
+        ages = range(1, window + 1)
+        found.append(np.sum([age * (grid[window - age][age] - grid[window][0]) for age in ages], axis=0))
+        weights.append(np.full(len(found[-1]), float(sum(age**2 for age in ages))))
+    each, weight = np.concatenate(found), np.concatenate(weights)
+    slope = float(each.mean() / weight.mean())
+    # Around the slope: the weights grow with age, and so would the autocorrelation of what they multiply.
+    around = ratio(each - slope * weight, weight, seed)
+    return Interval(*((slope + value - around.mean) * len(grid) / base_s for value in around))
 
 
 def _row(bench: Bench, option: Option, base_s: F64, a: range, b: range) -> Row:

@@ -10,6 +10,7 @@ from sim.advice import Serving, Setup, Verdict
 from sim.advice.batches import Batches
 from sim.advice.evidence import Interval
 from sim.advice.placement import Judged, Row
+from sim.advice.verdict import condition
 from sim.report import grid
 from sim.units import human
 
@@ -70,7 +71,7 @@ def _how_often(batches: Batches, found: Judged) -> list[str]:
 
 
 def _percent(value: float) -> str:
-    return f"{100 * value:+.1f} %"
+    return f"{round(100 * value, 1) + 0.0:+.1f} %"
 
 
 def _steps(value: float) -> str:
@@ -83,6 +84,8 @@ def as_data(batches: Batches, phase: Serving, found: Judged | None, answer: tupl
         "phase": phase,
         "verdict": answer[0],
         "reason": answer[1],
+        "condition": None,
+        "ep_size": batches.ep_size,
         "tokens_per_rank": batches.tokens_per_rank,
         "batch_tokens": batches.size,
         "planned_batches": 0,
@@ -91,7 +94,9 @@ def as_data(batches: Batches, phase: Serving, found: Judged | None, answer: tupl
         "baseline": None,
         "chosen": None,
         "interval_steps": None,
+        "seen_steps": None,
         "net_saving": None,
+        "saving_trend": None,
         "options": [],
         "aged": [],
         "every": [],
@@ -99,6 +104,7 @@ def as_data(batches: Batches, phase: Serving, found: Judged | None, answer: tupl
     if found is None:
         return data
     return data | {
+        "condition": condition(found) if answer[0] == "worth it if plans keep" else None,
         "planned_batches": found.planned,
         "judged_batches": found.batches,
         "independent_batches": _finite(found.times),
@@ -111,7 +117,9 @@ def as_data(batches: Batches, phase: Serving, found: Judged | None, answer: tupl
         },
         "chosen": found.chosen.option.name,
         "interval_steps": found.interval,
+        "seen_steps": found.span,
         "net_saving": _interval(found.net),
+        "saving_trend": _interval(found.trend),
         "options": [_row(row) for row in found.rows],
         "aged": [{"steps": one.steps, "saving": one.saving} for one in found.aged],
         "every": [{"steps": one.steps, "saving": one.saving, "net_saving": one.net} for one in found.every],
@@ -152,10 +160,11 @@ def assumptions(setup: Setup, notes: Sequence[str]) -> list[str]:
         one = f"a rebalance stalls serving: {human(setup.solver_s, 's')} on the host, then the moves, layer after layer"
     else:
         one = "a rebalance runs beside serving: its moves take the links from dispatch and combine, the host is free"
+    kernels = "" if setup.mode else "; DeepEP's normal kernels in prefill, its low-latency ones in decode"
     return [
         *notes,
         f"{setup.cluster.device.name}, experts in {setup.cost.gemm_dtype}; cost laws {setup.cost.compute.kind} and "
-        f"{setup.cost.communication.kind}; DeepEP's normal kernels in prefill, its low-latency ones in decode",
+        f"{setup.cost.communication.kind}{kernels}",
         f"a step is {setup.model.n_moe_layers} MoE layers like those recorded, and {rest}",
         one,
         "later traffic is like window B, and plans older than it save what the oldest ones there do",

@@ -56,6 +56,11 @@ def problems(scenario: Scenario) -> Iterator[Rule]:
     except (ValueError, OSError) as error:
         yield ("serving", "requests"), str(error)
     for i, policy in enumerate(scenario.policies):
+        select = policy.select
+        if scenario.model_of(policy).is_moe and select.kind != "balanced" and (not select.per_token or select.varies):
+            yield ("policies", i, "select"), f"{select.kind} chooses for a whole batch: it cannot serve requests"
+        if policy.capacity.kind != "none":
+            yield ("policies", i, "capacity"), "drops by batch; requests are served without"
         if policy.rebalance.interval_steps is not None:
             yield ("policies", i, "rebalance", "interval_steps"), "is for runs of steps; set interval_s"
 

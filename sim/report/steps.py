@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import textwrap
 
 from sim.metrics.dynamics import MIN_STEPS
 from sim.report.about import describe
 from sim.report.grids import grid, titled
 from sim.report.remarks import remarks_on
+from sim.report.repaid import repaid
 from sim.results import Result
+from sim.units import human
 
 _BALANCE = (
     "max_vio_batch", "max_vio_batch_floor", "max_vio_global", "max_vio_global_floor", "device_max_over_mean",
@@ -73,4 +76,14 @@ def terminal(result: Result) -> str:
         "(floor): MaxVio of a perfectly uniform random gate at this batch size. Means over MoE layers and steps",
     ]
     notes[-1] += ", ± 95 % over replicas." if result.scenario.replicas > 1 else "; one replica, so no intervals."
-    return "\n".join([*parts, *notes, *remarks_on(result.scenario)])
+    return "\n".join([*parts, *notes, *_moves(result), *remarks_on(result.scenario)])
+
+
+def _moves(result: Result) -> list[str]:
+    """What every policy's moves cost and gained against its counterpart that stays."""
+    lines = []
+    for row in repaid(result):
+        found = f"a new placement costs {human(row.cost_s, 's')} and shortens later steps by {human(row.gain_s, 's')}"
+        pays = f"repaid in {row.steps:.3g} steps" if math.isfinite(row.steps) else "never repaid"
+        lines.append(f"{row.policy}: {found} against {row.against} (mean of {row.moves}): {pays}")
+    return [part for line in lines for part in textwrap.wrap(line, 120, subsequent_indent="  ")]

@@ -95,6 +95,10 @@ def _reused_in_tree(requests: Requests, tree: PrefixTree) -> I64:
 class RequestSource(Plugin):
     """A stream of requests."""
 
+    def expected(self, duration_s: float) -> float:
+        """Return about how many requests arrive before ``duration_s``, for the estimate of a run."""
+        return float(len(self.draw(duration_s, np.ones(1), 0, 0)))
+
     @abstractmethod
     def draw(self, duration_s: float, topic_weights: F64, seed: int, replica: int) -> Requests:
         """Return all requests that arrive before ``duration_s``.

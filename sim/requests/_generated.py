@@ -29,6 +29,10 @@ class Generated(RequestSource):
     """Prompts that begin alike; null: none do."""
 
     @abstractmethod
+    def expected(self, duration_s: float) -> float:
+        """See `RequestSource`; without drawing any."""
+
+    @abstractmethod
     def arrive(self, duration_s: float, rng: Draw) -> tuple[I64, I32]:
         """Return arrivals [n] int64 in ps, ascending from 0 and before ``duration_s``, and clients [n] int32."""
 

@@ -18,7 +18,7 @@ from sim.kernels.elementary import exp, log
 from sim.plugin import Choice, Plugin
 from sim.tokens import F64, I64
 
-MAX_TOKENS = 2**31 - 1
+MAX_TOKENS = 2**24
 _GRID = 2**14
 _CHUNK = 2**16  # the steps of exp and log then stay in cache
 _Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]

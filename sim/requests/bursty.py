@@ -32,6 +32,9 @@ class Bursty(Generated):
     burst_length_s: float = Field(default=60.0, ge=1e-3, le=1e7)
     """Mean length of a burst."""
 
+    def expected(self, duration_s: float) -> float:
+        return self.rate_per_s * duration_s
+
     def arrive(self, duration_s: float, rng: Draw) -> tuple[I64, I32]:
         times, upto = self._expected(duration_s, rng)
         draw = rng("arrivals")

@@ -28,6 +28,9 @@ class Daily(Generated):
     period_s: float = Field(default=86_400.0, ge=1, le=1e7)
     """Less than a day compresses the day."""
 
+    def expected(self, duration_s: float) -> float:
+        return self.rate_per_s * duration_s
+
     def arrive(self, duration_s: float, rng: Draw) -> tuple[I64, I32]:
         draw = rng("arrivals")
         peak = self.rate_per_s * self.peak_to_mean

@@ -23,6 +23,9 @@ class Gamma(Generated):
     """Standard deviation over mean of the gaps: 1.1 in Azure's conversations of 2023. The 13 of its code completions are a
     few long silences; a gamma law of that cv has nine gaps of ten below a millisecond, and ``bursty`` comes nearer."""
 
+    def expected(self, duration_s: float) -> float:
+        return self.rate_per_s * duration_s
+
     def arrive(self, duration_s: float, rng: Draw) -> tuple[I64, I32]:
         draw, first, shape = rng("arrivals"), rng("first arrival"), self.cv**-2
         under_way = first.standard_gamma(shape + 1) / shape * first.random()

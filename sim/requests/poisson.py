@@ -16,6 +16,9 @@ class Poisson(Generated):
     kind: Literal["poisson"] = "poisson"
     rate_per_s: float = Field(gt=0, le=1e6)
 
+    def expected(self, duration_s: float) -> float:
+        return self.rate_per_s * duration_s
+
     def arrive(self, duration_s: float, rng: Draw) -> tuple[I64, I32]:
         draw = rng("arrivals")
         times = positions(self.rate_per_s * duration_s, draw.standard_exponential(), draw.standard_exponential)

@@ -18,5 +18,8 @@ class Saturated(Generated):
     kind: Literal["saturated"] = "saturated"
     count: int = Field(gt=0, le=MAX_REQUESTS)
 
+    def expected(self, duration_s: float) -> float:
+        return float(self.count)
+
     def arrive(self, duration_s: float, rng: Draw) -> tuple[I64, I32]:
         return nobody(np.zeros(self.count, dtype=np.int64))

@@ -65,6 +65,12 @@ class ServeGen(Generated):
         refuse_first(self.path, "arg1", wrong, shape, f"a shape from {_LEAST_SHAPE:g} to {_MOST_SHAPE:g}")
         return Windows(found["client"], found["t_s"], rate, shape, family == "Weibull")
 
+    def expected(self, duration_s: float) -> float:
+        windows = self.windows()
+        asked = self.start_s <= windows.start_s
+        asked &= windows.start_s < self.start_s + duration_s * self.rate_scale
+        return float((windows.rate_per_s * self.window_s)[asked].sum())
+
     def arrive(self, duration_s: float, rng: Draw) -> tuple[I64, I32]:
         windows = self.windows()
         check_count(float((windows.rate_per_s * self.window_s).sum()))
