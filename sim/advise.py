@@ -105,7 +105,7 @@ def _main(args: argparse.Namespace) -> int:
         data = {
             "question": "placement",
             "traffic": args.traffic,
-            "tokens": next(iter(given.values())).trace.n_tokens,
+            "tokens": max(one.trace.n_tokens for one in given.values()),
             "phases": phases,
         }
         print(json.dumps(data | {"assumptions": assumed}, indent=1))

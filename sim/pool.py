@@ -150,7 +150,7 @@ class Pool:
         low, high = (np.searchsorted(shelf.starts, shelf.first[topic + i]) for i in (0, 1))
         chosen = low + (self._uniforms("prefill", draw, n_ranks, n_runs) * (high - low)).astype(np.int64)
         begin, size = shelf.first[topic], shelf.first[topic + 1] - shelf.first[topic]
-        offset = (shelf.starts[chosen] - begin)[..., None] + np.arange(shelf.run)
+        offset = (shelf.starts[chosen] - begin)[..., None] + np.arange(min(shelf.run, n))
         at: I64 = (begin[..., None] + offset % size[..., None]).reshape(n_ranks, -1)[:, :n]
         return at
 

@@ -43,6 +43,10 @@ class Clock:
         terms = self.per_request * requests + self.per_token * tokens + self.per_context * context
         return self.factor * (self.base + terms + self.per_pair * int(2 * pairs) + self.per_sample * sampled)
 
+    def prompt(self, n: int) -> int:
+        """A prompt alone."""
+        return self.duration(1, n, 0, n * (n + 1) / 2, 1) if n > 1 else self.duration(1, 1, 1, 0, 1)
+
     def time(self, work: Work, number: int) -> Timed:
         self.seen.append(work)
         requests = int(work.decode_requests.sum() + work.prefill_requests.sum())
@@ -61,6 +65,8 @@ class Fake:
         self.states: list[State] = []
         self.chunks_ps: tuple[int, ...] = ()
         self.plans: list[tuple[F64, F64]] = []
+        self.lost_bytes, self.loading_bytes = 4e9, 0.0  # of a rank that dies, and of one that comes back
+        self.repairs: list[tuple[int, ...]] = []
 
     def first(self, unit: int) -> I32 | None:
         return np.zeros((1, 4), np.int32)
@@ -77,8 +83,12 @@ class Fake:
     def move(self, unit: int, before: I32, after: I32) -> Move:
         return Move(3, 5.0, self.chunks_ps)
 
-    def repair(self, unit: int, maps: I32 | None, dead: tuple[int, ...]) -> Repair:
-        return Repair(maps, 0.75, 2, 4e9) if dead else Repair(maps)
+    def repair(self, unit: int, maps: I32 | None, dead: tuple[int, ...], held: I32 | None) -> Repair:
+        self.repairs.append(dead)
+        comes_back = maps is not held
+        if comes_back or maps is None:
+            return Repair(maps, 1.0, 1, self.loading_bytes)
+        return Repair(maps.copy(), 0.75, 2, self.lost_bytes)
 
 
 def requests_of(
@@ -191,10 +201,10 @@ def plain_rank(requests: Requests, one: Unit, capacity: int, clock: Clock) -> li
         while coming and coming[0].arrival <= now:
             rank.waiting.append(coming.pop(0))
         chunks, stepping = rank.schedule()
-        pairs = sum(n * r.computed + n * (n + 1) / 2 for r, n in chunks)
+        pairs = sum(n * r.computed + n * (n + 1) / 2 for r, n in chunks if n > 1)
         sampled = len(stepping) + sum(r.computed + n == r.prompt for r, n in chunks)
         tokens = len(stepping) + sum(n for _, n in chunks)
-        context = sum(r.context for r in stepping)
+        context = sum(r.context for r in stepping) + sum(r.computed + 1 for r, n in chunks if n == 1)  # as a decode
         now += clock.duration(len(stepping) + len(chunks), tokens, context, pairs, sampled)
         for request in stepping:
             request.given += 1

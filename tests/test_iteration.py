@@ -14,7 +14,7 @@ from sim.cluster import build_network
 from sim.cost.collectives import all_reduce_s
 from sim.deployment import Unit
 from sim.engine import Op, Plan, maxplus
-from sim.engine.iteration import Timed, Work
+from sim.engine.iteration import Work
 from sim.engine.routed import COMBINE, DISPATCH, EXPERTS, grid
 from sim.engine.served import Served
 from sim.engine.serving_program import EVEN, Layer, Program, makespan_plain, program
@@ -26,9 +26,7 @@ from sim.scenario import Scenario
 from sim.tokens import I64
 from sim.units import to_ps
 from sim.validation import Inputs, serving
-
-SCENARIOS = Path(__file__).resolve().parents[1] / "scenarios"
-
+from tests.iteration_model import SCENARIOS, tiny, unit_of, work_of
 
 # --- balanced routing ---
 
@@ -56,13 +54,9 @@ def test_balanced_tokens_have_distinct_experts_in_few_groups_and_even_loads(
 # --- the pool ---
 
 
-def _scenario(*more: str) -> Scenario:
-    return load(SCENARIOS / "tiny.yaml", ["schedule={phase: forward}", "steps.warmup.steps=4", *more])
-
-
 @pytest.fixture(scope="module")
 def scenario() -> Scenario:
-    return _scenario()
+    return tiny()
 
 
 @pytest.fixture(scope="module")
@@ -198,26 +192,6 @@ def test_stages_leave_the_experts_bare_and_normal_kernels_do_not() -> None:
 # --- times ---
 
 
-def _work(tokens: I64, context: int = 2000, *, prompts: I64 | None = None, length: int = 512, topics: int = 3) -> Work:
-    prompts = np.zeros_like(tokens) if prompts is None else prompts
-    total = int(tokens.sum() + prompts.sum() * length)
-    return Work(
-        decode_requests=tokens,
-        decode_tokens=tokens,
-        decode_kv_tokens=tokens * context,
-        prefill_requests=prompts,
-        prefill_tokens=prompts * length,
-        prefill_pairs=prompts * length * (length + 1) / 2,
-        longest=np.full(len(tokens), context),
-        sampled=tokens + prompts,
-        topic_tokens=np.array([total - 2 * (total // 3), total // 3, total // 3][:topics]),
-    )
-
-
-def _unit(**fields: Any) -> Unit:
-    return Unit.model_validate({"name": "u", "parallel": {"ep_size": 8}} | fields)
-
-
 def _maps(scenario: Scenario, pool: Pool, extra: int = 0) -> Any:
     experts = pool.n_routed_experts
     return np.tile((np.arange(experts + extra) % experts).astype(np.int32), (len(pool.layers), 1))
@@ -228,10 +202,10 @@ def _served(scenario: Scenario, pool: Pool, unit: Unit, **state: Any) -> Served:
 
 
 UNITS = [
-    _unit(role="decode"),
-    _unit(role="decode", micro_batches=2),
-    _unit(role="prefill"),
-    _unit(role="prefill", micro_batches=2, host_overhead_s=1e-3),
+    unit_of(role="decode"),
+    unit_of(role="decode", micro_batches=2),
+    unit_of(role="prefill"),
+    unit_of(role="prefill", micro_batches=2, host_overhead_s=1e-3),
 ]
 
 
@@ -240,7 +214,7 @@ def test_parts_sum_to_the_duration_and_equal_work_takes_equal_time(scenario: Sce
     served, again = _served(scenario, pool, unit), _served(scenario, pool, unit)
     tokens = np.array([40, 41, 30, 38, 44, 40, 39, 37])
     for number in range(6):
-        work = _work(tokens + number, prompts=np.array([0, 1, 0, 0, 2, 0, 0, 0]) * (number % 2))
+        work = work_of(tokens + number, prompts=np.array([0, 1, 0, 0, 2, 0, 0, 0]) * (number % 2))
         timed = served.time(work, number)
         parts = timed.attention_ps, timed.experts_ps, timed.communication_ps, timed.other_ps
         assert sum(parts) == timed.duration_ps and min(parts) >= 0 and timed.imbalance >= 1
@@ -249,8 +223,8 @@ def test_parts_sum_to_the_duration_and_equal_work_takes_equal_time(scenario: Sce
 
 
 def test_times_do_not_depend_on_what_was_asked_before(scenario: Scenario, pool: Pool) -> None:
-    works = [(_work(np.full(8, n), 100 * n), n) for n in (1, 2, 3, 5, 8, 24, 31, 32, 33, 47, 48, 64, 96)]
-    works += [(_work(np.full(8, n), prompts=np.full(8, n % 3), length=700), n) for n in (1, 4, 5)]
+    works = [(work_of(np.full(8, n), 100 * n), n) for n in (1, 2, 3, 5, 8, 24, 31, 32, 33, 47, 48, 64, 96)]
+    works += [(work_of(np.full(8, n), prompts=np.full(8, n % 3), length=700), n) for n in (1, 4, 5)]
     one, two = (_served(scenario, pool, UNITS[1]) for _ in range(2))
     forth = [one.time(work, number) for work, number in works]
     back = [two.time(work, number) for work, number in works[::-1]]
@@ -260,7 +234,7 @@ def test_times_do_not_depend_on_what_was_asked_before(scenario: Scenario, pool: 
 def test_numba_takes_over_with_the_same_times(scenario: Scenario, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sim.engine.served._WORTH_COMPILING", 2)
     monkeypatch.setenv("GATESIM_KERNELS", "numba")
-    served, work = _served(scenario, pool, UNITS[1]), _work(np.full(8, 40))
+    served, work = _served(scenario, pool, UNITS[1]), work_of(np.full(8, 40))
     assert len({served.time(work, 0) for _ in range(4)}) == 1
 
 
@@ -322,10 +296,10 @@ def _ranks_plan(served: Served, work: Work, number: int) -> int:
     tokens, context = -(-work.decode_tokens // way.halves), -(-work.decode_kv_tokens // way.halves)
     most = int(tokens.max())
     core = trunk.decode_core(tokens, 1, context, np.zeros(8, bool)) + trunk.absorbed.upto(most)[tokens]
-    before, shared = trunk.before.upto(most)[tokens], trunk.shared.upto(most)[tokens]
-    rest = trunk.layer.upto(most)[tokens] - before - shared
+    before, gate, shared = (part.upto(most)[tokens] for part in (trunk.before, trunk.gate, trunk.shared))
+    rest = trunk.layer.upto(most)[tokens] - before - gate - shared
     ranks = {
-        "before": before, "core": core + rest, "shared": shared, "dense": trunk.dense.upto(most)[tokens],
+        "before": before, "core": core + rest, "gate": gate, "shared": shared, "dense": trunk.dense.upto(most)[tokens],
         "head": trunk.head.upto(most)[tokens],
     }  # fmt: skip
     law, cost, counted = served.scenario.cost.communication, served.scenario.cost, {}
@@ -367,20 +341,20 @@ def _ranks_plan(served: Served, work: Work, number: int) -> int:
 
 
 @pytest.mark.parametrize(
-    "unit", [*UNITS[:3], _unit(role="prefill", micro_batches=2)], ids=lambda u: f"{u.role}-{u.micro_batches}"
+    "unit", [*UNITS[:3], unit_of(role="prefill", micro_batches=2)], ids=lambda u: f"{u.role}-{u.micro_batches}"
 )
 def test_one_device_stands_for_all_ranks(scenario: Scenario, pool: Pool, unit: Unit) -> None:
     """Against a plan of eight ranks, each with its own tokens, contexts and peers."""
     served = _served(scenario, pool, unit)
     rng = np.random.default_rng(0)
     for number in range(4):
-        work = _work(rng.integers(100, 140, 8), 3000)
+        work = work_of(rng.integers(100, 140, 8), 3000)
         whole, ours = _ranks_plan(served, work, number), served.time(work, number).duration_ps
         assert 0.99 < ours / whole < 1.03
 
 
 def test_slow_and_dead_ranks(scenario: Scenario, pool: Pool) -> None:
-    work = _work(np.full(8, 64))
+    work = work_of(np.full(8, 64))
     factor = np.ones(8)
     factor[3] = 2.0
     for unit in UNITS[:2]:
@@ -394,15 +368,13 @@ def test_slow_and_dead_ranks(scenario: Scenario, pool: Pool) -> None:
     maps = _maps(scenario, pool).copy()
     maps[:, 12:16] = -1
     left = work.decode_tokens * alive
-    dead = Served(scenario, scenario.policies[3], UNITS[0], pool, maps, alive=alive).time(_work(left), 0)
-    assert dead.duration_ps < _served(scenario, pool, UNITS[0]).time(_work(left + left // 7), 0).duration_ps
+    dead = Served(scenario, scenario.policies[3], UNITS[0], pool, maps, alive=alive).time(work_of(left), 0)
+    assert dead.duration_ps < _served(scenario, pool, UNITS[0]).time(work_of(left + left // 7), 0).duration_ps
 
 
 def test_replicas_relieve_the_hottest_rank(scenario: Scenario, pool: Pool) -> None:
-    placed = _scenario(
-        "policies.0.placement={kind: linear, num_redundant_experts: 32}", "policies.0.replicas=round_robin"
-    )
-    unit, work = _unit(role="prefill"), _work(np.full(8, 64), prompts=np.full(8, 2))
+    placed = tiny("policies.0.placement={kind: linear, num_redundant_experts: 32}", "policies.0.replicas=round_robin")
+    unit, work = unit_of(role="prefill"), work_of(np.full(8, 64), prompts=np.full(8, 2))
     single = Served(placed, placed.policies[1], unit, pool, _maps(scenario, pool)).time(work, 0)
     twice = np.tile(np.r_[np.arange(32), np.roll(np.arange(32), 16)].astype(np.int32), (2, 1))
     double = Served(placed, placed.policies[0], unit, pool, twice).time(work, 0)
@@ -412,7 +384,7 @@ def test_replicas_relieve_the_hottest_rank(scenario: Scenario, pool: Pool) -> No
 
 def test_a_dense_model_with_tensor_parallelism() -> None:
     """No experts, no exchange: layers follow each other, two all-reduces in each."""
-    given_ = _scenario(
+    given_ = tiny(
         "model={name: dense, num_hidden_layers: 3, hidden_size: 1024, intermediate_size: 4096, vocab_size: 32000, "
         "num_attention_heads: 16, num_key_value_heads: 4}",
         "parallel={ep_size: 4, tp_size: 4}",
@@ -420,32 +392,37 @@ def test_a_dense_model_with_tensor_parallelism() -> None:
         "steps.warmup={}",
         "cost.gemm_dtype=bf16",
     )
-    unit = _unit(parallel={"ep_size": 4, "tp_size": 4})
+    unit = unit_of(parallel={"ep_size": 4, "tp_size": 4})
     served = Served(given_, given_.policies[0], unit, None, None)
-    work = _work(np.array([32]), prompts=np.array([1]))
+    work = work_of(np.array([32]), prompts=np.array([1]))
     timed = served.time(work, 0)
     reduce = float(all_reduce_s(given_.cluster, 4, (32 + 512) * 1024 * 2.0, 4))
     assert timed.communication_ps == 6 * int(to_ps(reduce)) and timed.experts_ps == 0 and timed.imbalance == 1
     assert sum((timed.attention_ps, timed.communication_ps, timed.other_ps)) == timed.duration_ps
 
 
-def test_proposed_tokens_cost_a_layer_and_a_head_each(scenario: Scenario, pool: Pool) -> None:
-    def parts(n: int) -> Timed:
-        return _served(scenario, pool, _unit(role="decode", speculative_tokens=n)).time(_work(np.full(8, 32)), 0)
-
-    none, one, two = parts(0), parts(1), parts(2)
-    assert two.duration_ps - one.duration_ps == one.duration_ps - none.duration_ps > 0
-    assert two.other_ps - one.other_ps == one.other_ps - none.other_ps > 0
+def test_proposed_tokens_cost_a_layer_and_two_products_each(scenario: Scenario, pool: Pool) -> None:
+    """Beside what further queries of the same requests cost in attention."""
+    parts = [
+        _served(scenario, pool, unit_of(role="decode", speculative_tokens=n)).time(work_of(np.full(8, 32)), 0)
+        for n in (0, 1, 2)
+    ]
+    for name in ("experts_ps", "communication_ps", "other_ps"):
+        none, one, two = (getattr(timed, name) for timed in parts)
+        assert two - one == one - none > 0
+    trunk = _served(scenario, pool, unit_of(role="decode")).whole.trunk
+    behind = trunk.head.at(32) + trunk.merge.at(32)
+    assert parts[1].other_ps - parts[0].other_ps == pytest.approx(behind * 1e12, abs=2)
 
 
 def test_more_work_takes_longer(scenario: Scenario, pool: Pool) -> None:
     served = _served(scenario, pool, UNITS[1])
     times = [
-        served.time(_work(np.full(8, n), context), 0).duration_ps
+        served.time(work_of(np.full(8, n), context), 0).duration_ps
         for n, context in ((16, 500), (32, 500), (32, 5000), (256, 5000))
     ]
     assert times == sorted(times) and len(set(times)) == 4
-    skewed = served.time(_work(np.array([200, *[32] * 7]), 500), 0).duration_ps
+    skewed = served.time(work_of(np.array([200, *[32] * 7]), 500), 0).duration_ps
     assert skewed > times[1]
 
 
@@ -501,7 +478,7 @@ def test_a_recorded_trace_fills_a_pool_as_far_as_it_goes(tmp_path: Path) -> None
 
 def test_decode_skips_the_template_of_all_prompts() -> None:
     """With 100 common tokens at the start of every sequence, few of the tokens decoded are alike."""
-    given_ = _scenario("traffic.prefix_length=100", "traffic.sequence_length=128", "steps.warmup={}")
+    given_ = tiny("traffic.prefix_length=100", "traffic.sequence_length=128", "steps.warmup={}")
     pool = Pool.of(given_, given_.policies[0], 0, sampled_layers=1, pool_tokens=256)
     kinds = [len(np.unique(shelf.ids[0, : shelf.first[1]], axis=0)) for shelf in (pool.decode, pool.prefill)]
     assert kinds[0] > 1.5 * kinds[1]

@@ -10,7 +10,7 @@ import numpy as np
 from sim.advice import Serving, Setup, costs
 from sim.advice.batches import Batches
 from sim.advice.clock import Clock
-from sim.advice.options import BASELINE, Option, rank_imbalance
+from sim.advice.options import Option, baseline, least_redundant, rank_imbalance
 from sim.advice.rest import rest_s
 from sim.slots import Slots
 from sim.tokens import F64, I32
@@ -34,12 +34,14 @@ class Bench:
     def __init__(self, setup: Setup, batches: Batches, phase: Serving) -> None:
         self.setup, self.batches, self.phase = setup, batches, phase
         self.clock = Clock(setup, phase, 8 * batches.ids.shape[0] * batches.ids.shape[1])
+        least = least_redundant(batches.n_routed_experts, setup.ep_size)
+        self.baseline = baseline(least)
         self.like = Slots(
-            batches.n_routed_experts, setup.ep_size, 0, self.clock.network.ranks_per_node, setup.model.n_group or 1
+            batches.n_routed_experts, setup.ep_size, least, self.clock.network.ranks_per_node, setup.model.n_group or 1
         )
         self.other_s = rest_s(setup, phase, batches.tokens_per_rank) if setup.other_s is None else setup.other_s
         self._timed: dict[tuple[str, bytes, int], Times] = {}
-        self.without = self.cache(BASELINE)
+        self.without = self.cache(self.baseline)
 
     def plan(self, option: Option, windows: Sequence[int]) -> I32:
         """Return the option's maps [L, S] after these windows."""

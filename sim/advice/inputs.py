@@ -57,7 +57,7 @@ def of_trace(
     ranks = ep_size or ep_size_of(trace.n_routed_experts, machine)
     if ep_size is None:
         notes.append(f"EP size {ranks}, the default: one node")
-    elif trace.n_routed_experts % ranks == 0:  # else the reason is another
+    else:
         try:
             build_network(machine, ranks)
         except ValueError as error:

@@ -48,8 +48,12 @@ class Option:
         return {"placement": placement, "replicas": self.replicas.kind}
 
 
-BASELINE = Option("no balancer", Linear(), Static())
-"""Consecutive experts on consecutive ranks, which is what engines do by default."""
+def baseline(redundant: int) -> Option:
+    """Return consecutive experts on consecutive ranks, which is what engines do by default."""
+    return Option("no balancer", Linear(num_redundant_experts=redundant), Static())
+
+
+BASELINE = baseline(0)
 
 
 def options(redundant: Sequence[int]) -> list[Option]:
@@ -69,23 +73,34 @@ def options(redundant: Sequence[int]) -> list[Option]:
 
 
 def fitting_redundant(n_routed_experts: int, ep_size: int) -> list[int]:
-    """Return none, one, two and four redundant experts per rank, as far as there are that many experts.
+    """Return the fewest redundant experts that fill the ranks evenly, and one, two and four more per rank, as far as there
+    are that many experts.
 
-    >>> fitting_redundant(256, 32), fitting_redundant(8, 8)
-    ([0, 32, 64, 128], [0, 8])
+    >>> fitting_redundant(256, 32), fitting_redundant(8, 8), fitting_redundant(256, 144)
+    ([0, 32, 64, 128], [0, 8], [32, 176])
     """
-    return [count for count in (0, ep_size, 2 * ep_size, 4 * ep_size) if count <= n_routed_experts]
+    least = least_redundant(n_routed_experts, ep_size)
+    return [least] + [least + more * ep_size for more in (1, 2, 4) if least + more * ep_size <= n_routed_experts]
+
+
+def least_redundant(n_routed_experts: int, ep_size: int) -> int:
+    """Return the fewest redundant experts that fill the ranks evenly: 0 where their number divides the experts."""
+    return -n_routed_experts % ep_size
 
 
 def check_redundant(redundant: Sequence[int], n_routed_experts: int, ep_size: int) -> None:
     """Raise ValueError unless every number fills the ranks evenly."""
-    if n_routed_experts % ep_size:
-        raise ValueError(f"--ep-size must divide the {n_routed_experts} experts [got {ep_size}]")
-    wrong = [count for count in redundant if count < 0 or count % ep_size or count > 4 * n_routed_experts]
-    if wrong or len(set(redundant)) < len(redundant) or not redundant:
+    least = least_redundant(n_routed_experts, ep_size)
+    if least > 4 * n_routed_experts:
         raise ValueError(
-            f"--redundant must be different multiples of the EP size {ep_size}, from 0 to {4 * n_routed_experts} "
-            f"[got {','.join(map(str, redundant))}]"
+            f"--ep-size must be at most {5 * n_routed_experts} for {n_routed_experts} experts [got {ep_size}]"
+        )
+    wrong = [count for count in redundant if count < 0 or (count - least) % ep_size or count > 4 * n_routed_experts]
+    if wrong or len(set(redundant)) < len(redundant) or not redundant:
+        fills = f"{least} plus " if least else ""
+        raise ValueError(
+            f"--redundant must be different numbers, {fills}multiples of the EP size {ep_size}, from {least} to "
+            f"{4 * n_routed_experts} [got {','.join(map(str, redundant))}]"
         )
 
 

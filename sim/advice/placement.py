@@ -12,7 +12,7 @@ from sim.advice import Serving, Setup, costs
 from sim.advice.batches import Batches
 from sim.advice.bench import Bench
 from sim.advice.evidence import Interval, autocorrelation_time, ratio
-from sim.advice.options import BASELINE, Option, options
+from sim.advice.options import Option, options
 from sim.tokens import F64
 
 REPAID = 10
@@ -93,7 +93,7 @@ def judge(setup: Setup, batches: Batches, phase: Serving, redundant: Sequence[in
         return None
     bench = Bench(setup, batches, phase)
     a, b = range(batches.n_planned), range(batches.n_planned, batches.n_windows)
-    base = bench.times(BASELINE, bench.plan(BASELINE, a), b)
+    base = bench.times(bench.baseline, bench.plan(bench.baseline, a), b)
     mean_s = float(base.step_s.mean())
     rows = [_row(bench, option, base.step_s, a, b) for option in options(redundant)]
     able = [row for row in rows if bench.fits(row.option)]
@@ -211,7 +211,7 @@ def _inside_a(bench: Bench, row: Row, a: range) -> float:
     """Return the seconds that an option saves per step on the last window of A, planned on those before it (on itself, if
     alone); after costs, if it is known how often they come."""
     seen = a[:-1] or a
-    base_s = bench.times(BASELINE, bench.plan(BASELINE, seen), a[-1:]).step_s
+    base_s = bench.times(bench.baseline, bench.plan(bench.baseline, seen), a[-1:]).step_s
     times = bench.times(row.option, bench.plan(row.option, seen), a[-1:])
     saved = float(bench.saved_s(row.option, times.step_s, base_s).mean())
     each = row.rebalance_s / bench.setup.interval if bench.setup.interval else 0.0
@@ -220,12 +220,12 @@ def _inside_a(bench: Bench, row: Row, a: range) -> float:
 
 def _by_age(bench: Bench, option: Option, a: range, b: range) -> list[list[F64]]:
     """Return seconds saved in batches of window B: item o, of the plan made before its o-th window, by age in windows."""
-    linear = bench.plan(BASELINE, a)
+    linear = bench.plan(bench.baseline, a)
     found = []
     for first in b:
         plan = bench.plan(option, range(first - len(a), first))
         later = range(first, b[-1] + 1)
-        base = [bench.times(BASELINE, linear, [window]).step_s for window in later]
+        base = [bench.times(bench.baseline, linear, [window]).step_s for window in later]
         own = [bench.times(option, plan, [window]).step_s for window in later]
         found.append([bench.saved_s(option, mine, theirs) for mine, theirs in zip(own, base, strict=True)])
     return found

@@ -16,18 +16,21 @@ from sim.tokens import I16
 from sim.traces import RecordedTrace, checked
 
 
-def record(scenario: Scenario, policy: Policy, layers: tuple[int, ...], n_tokens: int) -> RecordedTrace:
+def record(
+    scenario: Scenario, policy: Policy, layers: tuple[int, ...], n_tokens: int, run: int | None = None
+) -> RecordedTrace:
     """Return ``n_tokens`` tokens, or a few more, of the train steps, step after step, in these MoE layers (from 0).
 
     The gate is that of ``policy`` as warm-up left it: serving teaches it nothing, adds no noise and drops nothing.
-    Raises ValueError for a trace that ends before one step, and for gates that give tokens different numbers of experts.
+    run: tokens of a rank are so many at a time, each time of other sequences, None: all together. Raises ValueError for a trace that ends before one step, and for gates that give tokens different numbers of experts.
     """
     kernels = choose(2 * n_tokens * len(layers))
     source = scenario.traffic.start(shape_of(scenario, policy), scenario.seed, 0)
     task = Task(scenario, (scenario.policies.index(policy),), 0, layers)
     tallies = {layer: [Tally(scenario, task.policies[0], 0, layer, kernels)] for layer in layers}
     warm_up(task, source, tallies)
-    ranks, per_rank = scenario.parallel.ep_size, scenario.tokens_per_rank
+    per_rank = min(run or scenario.tokens_per_rank, scenario.tokens_per_rank)
+    ranks = scenario.parallel.ep_size * (scenario.tokens_per_rank // per_rank)
     found: list[list[I16]] = []
     lengths: list[int] = []
     for step in range(-(-n_tokens // (ranks * per_rank))):

@@ -32,6 +32,9 @@ def rest_s(setup: Setup, phase: Serving, tokens: int) -> float:
         requests = -(-tokens // setup.context)
         each = tokens / requests
         core = trunk.prefill_core(np.array([requests]), np.array([tokens]), np.array([tokens * (each + 1) / 2]))
-    shared, dense_layers = trunk.shared.at(tokens), model.num_hidden_layers - model.n_moe_layers
-    layers = model.num_hidden_layers * (trunk.layer.at(tokens) - shared + float(core[0]))
-    return layers + model.n_moe_layers * shared + dense_layers * trunk.dense.at(tokens) + trunk.head.at(requests)
+    experts, dense_layers = (
+        trunk.gate.at(tokens) + trunk.shared.at(tokens),
+        model.num_hidden_layers - model.n_moe_layers,
+    )
+    layers = model.num_hidden_layers * (trunk.layer.at(tokens) - experts + float(core[0]))
+    return layers + model.n_moe_layers * experts + dense_layers * trunk.dense.at(tokens) + trunk.head.at(requests)

@@ -5,18 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from sim.advice import Serving
 from sim.advice.batches import FEW_WINDOWS, TYPICAL, WINDOWS
+from sim.advice.guess import load as load_named
 from sim.advice.inputs import Inputs
+from sim.advice.options import least_redundant
 from sim.advice.recording import record
+from sim.checks import problems
+from sim.cluster import Cluster
 from sim.cost import Mode
 from sim.deployment import Unit
 from sim.gating.select.balanced import Balanced
 from sim.loading import load
+from sim.located import dotted
+from sim.placement.linear import Linear
 from sim.pool import spread_layers
+from sim.replicas.static import Static
 from sim.scenario import Scenario
-from sim.settings import Policy
+from sim.settings import Policy, Rebalance
 from sim.traces import RecordedTrace
 from sim.unitmemory import kv_cache_tokens
 
@@ -27,6 +35,9 @@ MOST = 100_000_000
 _BATCHES = 40 * WINDOWS
 _ENOUGH = 14 * WINDOWS
 """Batches for which layers are given up."""
+_RUN = 256
+"""Tokens of a sequence that are recorded for a decode unit: its batch is of as many sequences as it has tokens, and a trace
+of few long ones would show the topics of these few."""
 
 
 def of_scenario(
@@ -52,64 +63,72 @@ def of_scenario(
     """
     if model is not None:
         raise ValueError("--model is for traces: a scenario has its own")
-    scenario = load(path)
-    index = _policy(scenario, policy)
-    sets = _overrides(scenario, index, folder, cluster, ep_size, phases)
-    scenario = load(path, sets) if sets else scenario
-    arena = next(arena for arena in scenario.arenas() if index in arena.indices)
-    alone = arena.scenario
-    gate = alone.policies[arena.indices.index(index)]
+    whole = load(path)
+    scenario, gate = _alone(whole, _policy(whole, policy), folder, cluster, ep_size)
     found: dict[Serving, Inputs] = {}
-    recorded: dict[tuple[int, int, int], RecordedTrace] = {}
+    recorded: dict[tuple[int, int, int, int | None], RecordedTrace] = {}
     for phase in phases or ("decode", "prefill"):
-        unit = _unit(alone, phase)
-        if alone.serving is not None and unit is None:
+        unit = _unit(scenario, phase)
+        if scenario.serving is not None and unit is None:
             if phases:
                 raise ValueError(f"--phase {phase}: scenario {scenario.name} has no unit for it")
             continue
-        found[phase] = _inputs(alone, gate, unit, phase, tokens_per_rank, layers, batches, recorded)
+        found[phase] = _inputs(scenario, gate, unit, phase, tokens_per_rank, layers, batches, recorded)
     return found
 
 
-def _policy(scenario: Scenario, name: str | None) -> int:
-    able = [i for i, each in enumerate(scenario.policies) if scenario.model_of(each).is_moe]
+def _policy(scenario: Scenario, name: str | None) -> Policy:
+    able = [each for each in scenario.policies if scenario.model_of(each).is_moe]
     if name is None:
-        gated = [i for i in able if not isinstance(scenario.policies[i].select, Balanced)]
+        gated = [each for each in able if not isinstance(each.select, Balanced)]
         chosen = (gated or able)[:1]
     else:
-        chosen = [i for i in able if scenario.policies[i].name == name]
+        chosen = [each for each in able if each.name == name]
     if not chosen:
-        known = ", ".join(scenario.policies[i].name for i in able) or "none: no model here has experts"
+        known = ", ".join(each.name for each in able) or "none: no model here has experts"
         raise ValueError(f"--policy must be one of {known} [got {name or ''!r}]")
     return chosen[0]
 
 
-def _overrides(
-    scenario: Scenario,
-    index: int,
-    folder: Path,
-    cluster: str | None,
-    ep_size: int | None,
-    phases: Sequence[Serving] | None,
-) -> list[str]:
-    """Return what ``cluster`` and ``ep_size`` replace: the policy's own cluster and split, or the scenario's or units'."""
-    policy, sets = scenario.policies[index], []
-    if cluster is not None:
-        owner = f"policies.{index}." if policy.cluster is not None else ""
-        sets.append(f"{owner}cluster.extends={folder / 'clusters' / cluster}.yaml")
+def _alone(
+    scenario: Scenario, policy: Policy, folder: Path, cluster: str | None, ep_size: int | None
+) -> tuple[Scenario, Policy]:
+    """Return the scenario of ``policy`` alone and the policy in it, on its own devices or those asked for.
+
+    Its own placement is dropped: what it should be is the question. Another cluster has at least as many devices. Raises ValueError for what then does not go together.
+    """
+    changes: dict[str, Any] = {}
+    redundant = policy.placement.num_redundant_experts
     if ep_size is not None:
-        if policy.parallel is not None:
-            sets.append(f"policies.{index}.parallel.ep_size={ep_size}")
-        elif scenario.serving is None:
-            sets.append(f"parallel.ep_size={ep_size}")
-        else:
-            units = [_unit(scenario, phase) for phase in phases or ("decode", "prefill")]
-            sets += [
-                f"serving.units.{j}.parallel.ep_size={ep_size}"
-                for j, unit in enumerate(scenario.serving.units)
-                if unit in units
-            ]
-    return sets
+        redundant = least_redundant(scenario.model_of(policy).n_routed_experts, ep_size)
+    placement = Linear(num_redundant_experts=redundant)
+    policy = policy.model_copy(update={"placement": placement, "replicas": Static(), "rebalance": Rebalance()})
+    if cluster is not None:
+        old = policy.cluster or scenario.cluster
+        new = load_named(Cluster, cluster, folder / "clusters", "--cluster")
+        nodes = max(new.nodes, -(-old.n_devices // new.devices_per_node))
+        changes["cluster"] = new.model_copy(update={"nodes": nodes})
+        policy = policy.model_copy(update={"cluster": None})
+    if ep_size is not None:
+        policy_split = policy.parallel
+        changes["parallel"] = (policy_split or scenario.parallel).model_copy(update={"ep_size": ep_size})
+        policy = policy.model_copy(update={"parallel": None})
+        if scenario.serving is not None:
+            units = tuple(
+                unit.model_copy(
+                    update={
+                        "parallel": (policy_split or unit.parallel).model_copy(update={"ep_size": ep_size}),
+                        "count": max(1, unit.count * unit.parallel.ep_size // ep_size),
+                    }
+                )
+                for unit in scenario.serving.units
+            )
+            changes["serving"] = scenario.serving.model_copy(update={"units": units})
+    found = scenario.model_copy(update={**changes, "policies": (policy,)}).arenas()[0].scenario
+    for path, rule in problems(found) if changes else ():
+        given = " ".join(f"--{name} {value}" for name, value in (("cluster", cluster), ("ep-size", ep_size)) if value)
+        raise ValueError(f"{given}: {dotted(path)}: {rule}")
+    return found, found.policies[0]
 
 
 def _unit(scenario: Scenario, phase: Serving) -> Unit | None:
@@ -126,9 +145,9 @@ def _inputs(
     tokens_per_rank: int | None,
     layers: int,
     batches: int | None,
-    recorded: dict[tuple[int, int, int], RecordedTrace],
+    recorded: dict[tuple[int, int, int, int | None], RecordedTrace],
 ) -> Inputs:
-    """Return one phase of ``policy``. recorded: traffic by EP size, layers and tokens, which is added to."""
+    """Return one phase of ``policy``. recorded: traffic by EP size, layers, tokens and run, which is added to."""
     model, notes = scenario.model_of(policy), []
     tokens, mode, room = tokens_per_rank, None, None
     if unit is not None:
@@ -146,9 +165,10 @@ def _inputs(
     ranks = scenario.parallel.ep_size
     usual = tokens or max(scenario.tokens_per_rank, TYPICAL["decode"])
     kept, wanted = _amount(ranks, usual, min(layers, model.n_moe_layers), batches, fixed=tokens is not None)
-    key = (ranks, kept, wanted)
+    run = _RUN if unit is not None and phase == "decode" else None
+    key = (ranks, kept, wanted, run)
     if key not in recorded:
-        recorded[key] = record(scenario, policy, spread_layers(model, kept), wanted)
+        recorded[key] = record(scenario, policy, spread_layers(model, kept), wanted, run)
     trace = recorded[key]
     note = f"traffic and gate of policy {policy.name!r} of scenario {scenario.name}, {trace.n_tokens:,} tokens"
     return Inputs(

@@ -16,13 +16,14 @@ import numpy as np
 
 from sim.cost import Direction, Mode
 from sim.cost.elementwise import permute_s, swiglu_s
+from sim.engine.routed_counts import demand, reach, scaled
 from sim.exchange import token_bytes
 from sim.hardware import Device
 from sim.kernels.choose import Kernels, choose
 from sim.model import Model
 from sim.network import Network
 from sim.pool import Kind, Pool
-from sim.replicas import ReplicaChoice, assign
+from sim.replicas import ReplicaChoice, compiled
 from sim.settings import Cost
 from sim.slots import Slots
 from sim.tally import spread
@@ -33,6 +34,8 @@ LOOKED_AT = 1024
 """Tokens of a rank whose copies per rank and node are counted one by one; of more, as many in even steps."""
 EXACT = 512
 """Tokens per rank up to which balanced batches are timed at every size."""
+_WORTH_COMPILING = 2000
+"""Sources times layers counted after which Numba is loaded for the rest; the counts do not differ."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +106,7 @@ class RoutedTimes:
         self.layers = range(len(pool.layers))
         self.kernels: Kernels = choose(0)
         self.mixtures = _mixtures(usual if len(usual) == pool.n_topics else np.ones(1))
+        self._seen = 0
         self._known: dict[tuple[Kind, int, int, int], Timing] = {}
         self._lines: dict[tuple[Kind, int, int, int, int], tuple[F64, F64, float, float]] = {}
         self._leads: dict[tuple[int, int, int], tuple[F64, F64]] = {}
@@ -183,33 +187,33 @@ class RoutedTimes:
 
     def _counted(self, ids: I16 | list[I16], physical_to_logical_map: I32) -> tuple[F64, F64, F64]:
         """Return tokens sent [P, P] and per node [P, N] (in the sense of ``mode``), and [P, slots per rank] received."""
-        slots, experts = self.group.slots, self.pool.n_routed_experts
-        demand = np.zeros((slots.ep_size, experts), dtype=np.int64)
-        sizes = [chosen.size for chosen in ids]
-        place = np.repeat(np.arange(len(sizes)) * (experts + 1) + 1, sizes)
-        place += np.concatenate([chosen.ravel() for chosen in ids])
-        counted = np.bincount(place, minlength=len(sizes) * (experts + 1))
-        demand[self.sources] = counted.reshape(len(sizes), experts + 1)[:, 1:]
-        quota = self._quotas(demand, physical_to_logical_map)
+        slots, experts, compiled = self.group.slots, self.pool.n_routed_experts, self._compiled()
+        sizes = [len(chosen) for chosen in ids]
+        first, together = np.cumsum([0, *sizes]), np.concatenate(ids)
+        asked: I64 = np.zeros((slots.ep_size, experts), dtype=np.int64)
+        asked[self.sources] = demand(together, first, experts, compiled=compiled)
+        quota = self._quotas(asked, physical_to_logical_map)
         pairs = quota.reshape(slots.ep_size, slots.ep_size, slots.slots_per_rank).sum(axis=-1)
-        received = quota.sum(axis=0).reshape(slots.ep_size, slots.slots_per_rank)
+        received = quota.sum(axis=0).reshape(slots.ep_size, slots.slots_per_rank).astype(np.float64)
         nodes = np.zeros((slots.ep_size, slots.n_nodes))
         if self.mode == "low_latency" or self.network is None:
-            return pairs.astype(np.float64), nodes, received.astype(np.float64)
+            return pairs.astype(np.float64), nodes, received
+        quota, scale = quota[self.sources], np.ones((len(sizes), 1))
+        if max(sizes) > LOOKED_AT and not self.pool.balanced:
+            looked = [spread(size, LOOKED_AT) for size in sizes]
+            together = together[np.concatenate([start + some for start, some in zip(first[:-1], looked, strict=True)])]
+            first = np.cumsum([0, *map(len, looked)])
+            shown = demand(together, first, experts, compiled=compiled)
+            quota = scaled(quota, asked[self.sources], shown, physical_to_logical_map)
+            scale = np.array([size / max(1, len(some)) for size, some in zip(sizes, looked, strict=True)])[:, None]
         ranks = np.zeros((slots.ep_size, slots.ep_size))
-        slot_rank = slots.slot_rank
-        slot_node = (slot_rank // slots.ranks_per_node).astype(np.int32)
-        for source, chosen in zip(self.sources.tolist(), ids, strict=True):
-            some = chosen[spread(len(chosen), len(chosen) if self.pool.balanced else LOOKED_AT)]
-            shown = np.bincount(some.ravel().astype(np.int64) + 1, minlength=experts + 1)[1:]
-            part = quota[source]
-            if len(some) < len(chosen):
-                part = _some(part, demand[source], shown, physical_to_logical_map)
-            taken = assign(some, part, physical_to_logical_map)
-            scale = len(chosen) / max(1, len(some))
-            ranks[source] = self.kernels.group_tokens(taken, slot_rank, slots.ep_size) * scale
-            nodes[source] = self.kernels.group_tokens(taken, slot_node, slots.n_nodes) * scale
-        return ranks, nodes, received.astype(np.float64)
+        reached, at_nodes = reach(together, first, quota, physical_to_logical_map, slots, compiled=compiled)
+        ranks[self.sources], nodes[self.sources] = reached * scale, at_nodes * scale
+        return ranks, nodes, received
+
+    def _compiled(self) -> bool:
+        self._seen += len(self.sources)
+        return self._seen > _WORTH_COMPILING and compiled()
 
     def _quotas(self, demand: I64, physical_to_logical_map: I32) -> I64:
         held = np.bincount(physical_to_logical_map[physical_to_logical_map >= 0], minlength=demand.shape[1])
@@ -320,12 +324,3 @@ def _mixtures(usual: F64) -> F64:
     for step in (0.25, 0.5, 0.75, 1.0):
         found += [(1 - step) * usual + step * one for one in np.eye(len(usual))]
     return np.array(found)
-
-
-def _some(quota: I64, demand: I64, shown: I64, physical_to_logical_map: I32) -> I64:
-    """Return the quotas [S] of those tokens of a source that ask for ``shown`` [E] of its ``demand`` [E]: in the shares of
-    all, rounded up."""
-    expert = np.maximum(physical_to_logical_map, 0)
-    exact = quota * shown[expert] / np.maximum(demand[expert], 1)
-    rounded: I64 = np.where(physical_to_logical_map >= 0, np.ceil(exact - 1e-9), 0).astype(np.int64)
-    return rounded

@@ -122,15 +122,14 @@ class Served:
     def _trunk(self, way: Way, work: Work, tokens: I64, most: int) -> F64:
         """Return seconds of `EVEN` on the slowest attention rank; of two halves, those of the larger one."""
         trunk, halves = way.trunk, way.halves
-        decoded = int(work.decode_tokens.sum())
         prompts = work.prefill_tokens > 0 if work.prefill_tokens.any() else None
         tokens, most = -(-tokens // halves), -(-most // halves)
         total = trunk.layer.upto(most)[tokens]
-        if decoded:
+        if work.decode_tokens.any():
             total = total + trunk.absorbed.upto(most)[-(-work.decode_tokens // halves)]
             total = total + trunk.decode_core(
                 -(-work.decode_requests // halves),
-                max(1, round(decoded / max(1, int(work.decode_requests.sum())))),  # the rest is padding
+                1 + self.unit.speculative_tokens,  # further tokens are padding, which attends to nothing
                 -(-work.decode_kv_tokens // halves),
                 prompts,
             )
@@ -141,16 +140,18 @@ class Served:
             total = total * self.slow
         rank = int(total.argmax())
         n, factor = int(tokens[rank]), float(self.slow[rank])
-        before, shared = factor * trunk.before.at(n), factor * trunk.shared.at(n)
+        before, gate, shared = (factor * part.at(n) for part in (trunk.before, trunk.gate, trunk.shared))
         reduce = self._reduce_s(most)
         named = {
             "before": before,
-            "core": float(total[rank]) - before - shared,
+            "core": float(total[rank]) - before - gate - shared,
             "all_reduce": reduce,
+            "gate": gate,
             "shared": shared,
             "dense": factor * trunk.dense.at(n),
             "ffn_reduce": reduce,
             "head": factor * trunk.head.at(-(-int(work.sampled[rank]) // halves)),
+            "merge": factor * trunk.merge.at(n),
         }
         return np.array([named[phase] for phase in EVEN])
 
@@ -226,8 +227,8 @@ class Served:
         return Way(steps, trunk, routed, halves)
 
     def _layers(self) -> tuple[Layer, ...]:
-        """Layers and head, then a layer like the last and a head for every token that is proposed."""
+        """Layers and head, then an MTP module (merge, a layer like the last, head) for every token that is proposed."""
         model, experts = self.model, set(self.model.moe_layers)
         layers: list[Layer] = ["moe" if i in experts else "dense" for i in range(model.num_hidden_layers)]
-        again: list[Layer] = [layers[-1], "head"]
+        again: list[Layer] = ["merge", layers[-1], "head"]
         return (*layers, "head", *(again * self.unit.speculative_tokens))

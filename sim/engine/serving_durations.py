@@ -69,7 +69,8 @@ class TrunkTimes:
         self.before, self.shared = Lookup(self._before), Lookup(self._shared)
         self.dense, self.head = Lookup(self._dense), Lookup(self._head)
         self.absorbed, self.expanded = Lookup(self._absorbed), Lookup(self._expanded)
-        self.layer = Lookup(lambda n: self._before(n) + self._after(n) + self._shared(n))
+        self.gate, self.merge = Lookup(self._gate), Lookup(self._merge)
+        self.layer = Lookup(lambda n: self._before(n) + self._after(n) + self._gate(n) + self._shared(n))
         """All of a layer that depends on its tokens alone."""
         self._decode: dict[tuple[Phase, int], F64] = {}
 
@@ -125,22 +126,31 @@ class TrunkTimes:
         return self.product(n, self.model.kv_lora_rank or 0, width)
 
     def _after(self, n: F64) -> F64:
-        """Output projection, second norm, and in a model with experts the gate and the choice of replicas."""
-        model, h = self.model, self.model.hidden_size
+        """Output projection and second norm."""
+        h = self.model.hidden_size
         value = self.prefill_shape.v_dim
         seconds = self.product(n, self.heads * value, h)
-        seconds = seconds + norm_s(self.cost, self.device, tokens=n, hidden_size=h, kernels=1)
-        if model.is_moe:
-            seconds = seconds + self.choice_s
-            seconds = seconds + gate_s(
-                self.cost,
-                self.device,
-                tokens=n,
-                hidden_size=h,
-                n_routed_experts=model.n_routed_experts,
-                num_experts_per_tok=model.num_experts_per_tok,
-            )
-        return seconds
+        return seconds + norm_s(self.cost, self.device, tokens=n, hidden_size=h, kernels=1)
+
+    def _gate(self, n: F64) -> F64:
+        """The gate and the choice of replicas; every tensor-parallel rank does it for all tokens."""
+        model = self.model
+        if not model.is_moe:
+            return np.zeros_like(n)
+        return self.choice_s + gate_s(
+            self.cost,
+            self.device,
+            tokens=n,
+            hidden_size=model.hidden_size,
+            n_routed_experts=model.n_routed_experts,
+            num_experts_per_tok=model.num_experts_per_tok,
+        )
+
+    def _merge(self, n: F64) -> F64:
+        """What an MTP module does before its layer: a norm each of hidden state and embedding, and their projection."""
+        h = self.model.hidden_size
+        seconds = norm_s(self.cost, self.device, tokens=n, hidden_size=h, kernels=2)
+        return seconds + self.product(n, 2 * h, h)
 
     def _ffn(self, n: F64, width: float) -> F64:
         h = self.model.hidden_size

@@ -25,14 +25,15 @@ import numpy as np
 from sim.engine.plan import Op, Plan
 from sim.tokens import I64, Bool
 
-Layer = Literal["moe", "dense", "head"]
+Layer = Literal["moe", "dense", "head", "merge"]
 Phase = Literal[
-    "before", "core", "all_reduce", "dispatch", "shared", "experts", "combine", "dense", "ffn_reduce", "head"
+    "before", "core", "all_reduce", "gate", "dispatch", "shared", "experts", "combine", "dense", "ffn_reduce", "head",
+    "merge",
 ]  # fmt: skip
-EVEN: tuple[Phase, ...] = ("before", "core", "all_reduce", "shared", "dense", "ffn_reduce", "head")
+EVEN: tuple[Phase, ...] = ("before", "core", "all_reduce", "gate", "shared", "dense", "ffn_reduce", "head", "merge")
 """Phases that last equally long in all layers; the others have one duration per sampled layer."""
 ROUTED: tuple[Phase, ...] = ("dispatch", "experts", "combine")
-PARTS = {"before": 0, "core": 0, "experts": 1, "shared": 1, "dense": 2, "head": 2}
+PARTS = {"before": 0, "core": 0, "gate": 0, "experts": 1, "shared": 1, "dense": 2, "head": 2, "merge": 2}
 """Where a phase counts: attention, experts, other. What no computation hides is communication."""
 
 
@@ -83,7 +84,8 @@ def program(
     """Return the program of ``layers``.
 
     sampled: layers whose routed durations are given; the i-th of n MoE layers has those of number i x sampled // n, those
-    behind the first head have the last. halves: 1, or 2 for two-batch overlap. staged: in the order of low-latency
+    behind the first head have the last. A ``merge`` brings a proposed token's embedding and the hidden state together for
+    the MTP module's layer behind it. halves: 1, or 2 for two-batch overlap. staged: in the order of low-latency
     kernels. exchanges: there are other ranks to send tokens to. shared: MoE layers have shared experts. reduces:
     attention and dense FFN end with an all-reduce.
     """
@@ -108,18 +110,19 @@ def program(
 
 
 # The FFNs of two halves under normal kernels, phase by phase.
-_PLACE = {"dense": 0, "head": 0, "ffn_reduce": 1, "dispatch": 0, "experts": 1, "combine": 2, "shared": 3}
+_PLACE = {"dense": 0, "head": 0, "merge": 0, "ffn_reduce": 1, "dispatch": 0, "experts": 1, "combine": 2, "shared": 3}
 
 
 def _phases(kind: Layer, exchanges: bool, shared: bool, reduces: bool) -> tuple[tuple[Phase, ...], tuple[Phase, ...]]:
     """Return the phases of a layer up to its gate, and the others."""
-    if kind == "head":
-        return (), ("head",)
+    if kind in ("head", "merge"):
+        return (), (kind,)
     attention: tuple[Phase, ...] = ("before", "core", "all_reduce") if reduces else ("before", "core")
     if kind == "dense":
         return attention, ("dense", "ffn_reduce") if reduces else ("dense",)
     beside: tuple[Phase, ...] = ("shared",) if shared else ()
-    return attention, ("dispatch", *beside, "experts", "combine") if exchanges else (*beside, "experts")
+    ffn: tuple[Phase, ...] = ("dispatch", *beside, "experts", "combine") if exchanges else (*beside, "experts")
+    return (*attention, "gate"), ffn
 
 
 def _staged(one: list[Step], other: list[Step] | None = None) -> list[Step]:
@@ -153,11 +156,11 @@ def _numbered(order: list[Step], layers: tuple[Layer, ...], sampled: int) -> Pro
 
 
 _WAITS: dict[Phase, tuple[Phase, ...]] = {
-    "core": ("before",), "all_reduce": ("core",), "dispatch": ("all_reduce", "core"), "shared": ("all_reduce", "core"),
-    "experts": ("dispatch", "all_reduce", "core"), "combine": ("experts",), "dense": ("all_reduce", "core"),
+    "core": ("before",), "all_reduce": ("core",), "gate": ("all_reduce", "core"), "dispatch": ("gate",),
+    "shared": ("gate",), "experts": ("dispatch", "gate"), "combine": ("experts",), "dense": ("all_reduce", "core"),
     "ffn_reduce": ("dense",),
 }  # fmt: skip
-_LAST: tuple[tuple[Phase, ...], ...] = (("combine", "experts", "ffn_reduce", "dense", "head"), ("shared",))
+_LAST: tuple[tuple[Phase, ...], ...] = (("combine", "experts", "ffn_reduce", "dense", "head", "merge"), ("shared",))
 
 
 def _before(step: Step, index: dict[Step, int]) -> list[int]:

@@ -69,3 +69,42 @@ def eliminate(rows):  # type: ignore[no-untyped-def]
         rows[j, n] /= rows[j, j]
         for i in range(j):
             rows[i, n] -= rows[i, j] * rows[j, n]
+
+
+@njit(cache=True, nogil=True)
+def demand(topk_ids, first, out):  # type: ignore[no-untyped-def]
+    """Count pairs of sources and experts in ``out``; source s has tokens ``first[s]`` to ``first[s + 1] - 1``."""
+    for s in range(len(first) - 1):
+        for t in range(first[s], first[s + 1]):
+            for i in range(topk_ids.shape[1]):
+                if topk_ids[t, i] >= 0:
+                    out[s, topk_ids[t, i]] += 1
+
+
+@njit(cache=True, nogil=True)
+def reach(topk_ids, first, share, start, slots, slot_rank, slot_node, ranks, nodes):  # type: ignore[no-untyped-def]
+    """`assign` the tokens of every source by its own row of ``share`` [sources, V], where quotas may be 0, and count in
+    ``ranks`` and ``nodes`` those that reach each rank and node."""
+    seen_rank, seen_node = np.full(ranks.shape[1], -1), np.full(nodes.shape[1], -1)  # by the token that was there last
+    odd = np.empty(len(slots), dtype=np.int64)
+    for s in range(len(first) - 1):
+        odd[:] = 1
+        for t in range(first[s], first[s + 1]):
+            for i in range(topk_ids.shape[1]):
+                e = topk_ids[t, i]
+                if e < 0:
+                    continue
+                best = -1
+                for v in range(start[e], start[e + 1]):
+                    if share[s, v] and (best < 0 or odd[v] * share[s, best] < odd[best] * share[s, v]):
+                        best = v
+                if best < 0 or odd[best] >= 2 * share[s, best]:
+                    continue
+                odd[best] += 2
+                rank, node = slot_rank[slots[best]], slot_node[slots[best]]
+                if seen_rank[rank] != t:
+                    seen_rank[rank] = t
+                    ranks[s, rank] += 1
+                if seen_node[node] != t:
+                    seen_node[node] = t
+                    nodes[s, node] += 1

@@ -21,7 +21,7 @@ from sim.rng import stream
 from sim.scenario import Scenario
 from sim.settings import Policy, Rebalance
 from sim.slots import Slots
-from sim.tokens import F64, I32
+from sim.tokens import F64, I32, Bool
 from sim.units import to_ps
 
 _SEEN_TOKENS = 1e6  # behind a first plan, which is made from expected loads
@@ -42,6 +42,7 @@ class Experts:
             )
             self.per_layer = self.model.n_moe_layers / len(self.pool.layers)
         self._times: dict[tuple[int, bytes, State], IterationTimes] = {}
+        self._moves: dict[tuple[int, bytes, bytes], Move] = {}
         self._plans = 0
 
     @property
@@ -147,8 +148,15 @@ class Experts:
     def move(self, unit: int, before: I32, after: I32) -> Move:
         """See `ServingPolicy`: ``layers_per_chunk`` layers at a time, each chunk as one exchange under the scenario's
         communication cost."""
+        key = unit, before.tobytes(), after.tobytes()
+        if key not in self._moves:
+            self._moves[key] = self._move(unit, before, after)
+        return self._moves[key]
+
+    def _move(self, unit: int, before: I32, after: I32) -> Move:
         slots, cost = self._slots(unit), self.scenario.cost
-        sent = np.stack([moves(old, new, slots) for old, new in zip(before, after, strict=True)])
+        held = np.where(before < 0, -2, before)  # an empty slot is nothing that could be sent to fill another
+        sent = np.stack([moves(old, new, slots) for old, new in zip(held, after, strict=True)])
         size = expert_bytes(self.scenario, self.policy)
         n = self.per_layer * int(sent.sum())
         if not n:
@@ -169,34 +177,46 @@ class Experts:
         chunks = -(-self.model.n_moe_layers // together)
         return Move(round(n), n * size, tuple(times[i * len(times) // chunks] for i in range(chunks)))
 
-    def repair(self, unit: int, maps: I32 | None, dead: tuple[int, ...]) -> Repair:
+    def repair(self, unit: int, maps: I32 | None, dead: tuple[int, ...], held: I32 | None) -> Repair:
         """See `ServingPolicy`."""
-        if maps is None or not dead:
+        if maps is None or held is None:
             return Repair(maps)
-        found, lost = without(maps, dead, self.units[unit].parallel.ep_size, self.model.n_routed_experts)
-        n = round(lost * self.per_layer)
-        alive = 1.0 - lost / (len(maps) * self.model.n_routed_experts)
-        return Repair(found, alive, n, n * expert_bytes(self.scenario, self.policy))
+        ranks, experts = self.units[unit].parallel.ep_size, self.model.n_routed_experts
+        found = without(maps, dead, ranks, experts) if dead else maps
+        there = holders(held, ranks, experts)
+        there[:, list(dead)] = False
+        lost = int((~there.any(axis=1)).sum())
+        n = round(int((holders(found, ranks, experts) & ~there).sum()) * self.per_layer)
+        return Repair(found, 1.0 - lost / (len(maps) * experts), n, n * expert_bytes(self.scenario, self.policy))
 
 
-def without(maps: I32, dead: tuple[int, ...], n_ranks: int, n_experts: int) -> tuple[I32, int]:
-    """Return ``maps`` [L, S] with -1 in all slots of the ranks ``dead``, and how many (layer, expert) that left without a
-    copy. These are put in empty slots of the other ranks, then in place of the copies of whichever expert has most, then
-    in a slot more on every rank.
+def holders(maps: I32, n_ranks: int, n_experts: int) -> Bool:
+    """Return [L, P, E] whether a rank holds an expert in one of its slots of ``maps`` [L, S]."""
+    slots = maps.reshape(len(maps), n_ranks, -1)
+    found = np.zeros((len(maps), n_ranks, n_experts + 1), dtype=bool)
+    layers, ranks, _ = np.indices(slots.shape)
+    found[layers, ranks, slots] = True
+    return found[:, :, :n_experts]  # what is -1 has gone to the end
+
+
+def without(maps: I32, dead: tuple[int, ...], n_ranks: int, n_experts: int) -> I32:
+    """Return ``maps`` [L, S] with -1 in all slots of the ranks ``dead``. Experts that are left without a copy are put in
+    empty slots of the other ranks, then in place of the copies of whichever expert has most, then in a slot more on every
+    rank. Raises ValueError if nobody is left.
 
     >>> without(np.array([[0, 1, 2, 0]], np.int32), (1,), 2, 3)
-    (array([[ 0,  1,  2, -1, -1, -1]], dtype=int32), 1)
+    array([[ 0,  1,  2, -1, -1, -1]], dtype=int32)
     """
     n_layers = len(maps)
     held = maps.reshape(n_layers, n_ranks, -1).copy()
     gone = np.isin(np.arange(n_ranks), dead)
+    if gone.all():
+        raise ValueError("no rank is left")
     held[:, gone] = -1
-    lost = 0
     homeless: list[list[int]] = []
     for layer in held:
         copies = np.bincount(layer[layer >= 0], minlength=n_experts)
         missing = np.flatnonzero(copies == 0).tolist()
-        lost += len(missing)
         places = np.argwhere((layer < 0) & ~gone[:, None]).tolist()
         while missing and (places or copies.max() > 1):
             if places:
@@ -209,10 +229,10 @@ def without(maps: I32, dead: tuple[int, ...], n_ranks: int, n_experts: int) -> t
             copies[layer[rank, slot]] += 1
         homeless.append(missing)
     left = np.flatnonzero(~gone)
-    more = -(-max(map(len, homeless)) // max(1, len(left)))
+    more = -(-max(map(len, homeless)) // len(left))
     wide = np.full((n_layers, n_ranks, held.shape[2] + more), -1, dtype=np.int32)
     wide[:, :, : held.shape[2]] = held
     for layer, missing in zip(wide, homeless, strict=True):
         for i, expert in enumerate(missing):
             layer[left[i % len(left)], held.shape[2] + i // len(left)] = expert
-    return wide.reshape(n_layers, -1), lost
+    return wide.reshape(n_layers, -1)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sim.deployment import Unit
+from sim.engine.serving.request import Request
 from sim.tokens import I64, Bool
 
 
@@ -36,8 +37,8 @@ class Fleet:
 
     unit, group: [R] numbers. requests: [R] waiting or running. waiting: [R] of them waiting. prompt_tokens, context: [R]
     tokens of prompts that wait or are computed, and of the contexts of decodes. alive, ready: [R] whether a rank lives,
-    and its group serves. decode_alone: no unit computes
-    prompts: they come with their cache. sent_ps, received_ps: [R] when its port is free again. slow: [R] factor on its port's time.
+    and its group serves. decode_alone: no unit computes prompts: they come with their cache. sent_ps, received_ps: [R]
+    when its port is free again. slow: [R] factor on its port's time.
     """
 
     def __init__(self, sizes: Sequence[Sizes]) -> None:
@@ -55,28 +56,26 @@ class Fleet:
         roles = np.array([sizes[u].unit.role for u in self.unit])
         self.decode_alone = bool((roles == "decode").all())
         self._takes: dict[str, Bool] = {"prompt": (roles != "decode") | self.decode_alone, "decode": roles == "decode"}
+        self._hands_over = roles == "prefill"
         self._turn = {"prompt": -1, "decode": -1}
-        self._limited = any(size.unit.max_queue is not None for size in sizes)
 
-    def _open(self, what: str, most_tokens: int) -> Bool:
-        """[R] ranks that may take a request whose cache grows to ``most_tokens``."""
-        fits = self._takes[what] & self.alive & (-(-most_tokens // self._block_size) <= self._blocks)
+    def open(self, what: str, request: Request) -> Bool:
+        """[R] ranks that may take ``request``: its prompt, and unless it is handed over then, all that it grows to, fit."""
+        prompt = request.input_tokens + request.generated
+        tokens = np.where(self._hands_over, prompt, request.most_tokens)
+        fits = self._takes[what] & self.alive & (-(-tokens // self._block_size) <= self._blocks)
         ready = fits & self.ready
         return ready if ready.any() else fits
 
-    def has_queue(self, what: str, most_tokens: int) -> Bool:
-        """[R] as `_open`, without units whose queue is full."""
-        found = self._open(what, most_tokens)
-        if self._limited:
-            queues = np.bincount(self.unit, weights=self.waiting, minlength=len(self.sizes))
-            for u, size in enumerate(self.sizes):
-                if size.unit.max_queue is not None and queues[u] >= size.unit.max_queue:
-                    found &= self.unit != u
-        return found
+    def hands_over(self, place: int) -> bool:
+        """Whether prompts computed at ``place`` decode elsewhere."""
+        return bool(self._hands_over[place])
 
-    def choose(self, what: str, most_tokens: int, *, limited: bool = False) -> int | None:
-        """Return the place for a request, by the method of the first unit that may take it; None if none may."""
-        found = np.flatnonzero(self.has_queue(what, most_tokens) if limited else self._open(what, most_tokens))
+    def choose(self, what: str, request: Request, among: Bool | None = None) -> int | None:
+        """Return the place for a request, of those ``among`` [R] if given, by the method of the first unit that may take it;
+        None if none may."""
+        allowed = self.open(what, request)
+        found = np.flatnonzero(allowed if among is None else allowed & among)
         if not len(found):
             return None
         method = self.sizes[int(self.unit[found[0]])].unit.load_balance_method

@@ -9,22 +9,26 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import simpy
 
+from sim.deployment import Fault
 from sim.engine.iteration import IterationTimes, Timed, Work
+from sim.engine.serving.batch import work_of
 from sim.engine.serving.cache import Blocks
 from sim.engine.serving.clock import At, Order, Sleep
 from sim.engine.serving.decodes import Decodes
+from sim.engine.serving.gaps import Gaps
 from sim.engine.serving.policy import State
 from sim.engine.serving.request import Acceptance, Request
-from sim.tokens import F64, I32, I64, Bool
+from sim.engine.serving.rest import Rest
+from sim.tokens import I32, Bool
 from sim.units import to_ps
 
 if TYPE_CHECKING:
-    from sim.engine.serving.incidents import Incident
+    from sim.engine.serving.incidents import Incident, Loaded
     from sim.engine.serving.moves import Moving
     from sim.engine.serving.world import World
 
@@ -34,7 +38,8 @@ class Group:
 
     waiting: per rank, requests in the order in which they will be taken. admitted: per rank, those that run, in the order
     of admission. partial: per rank, prompts that are partly computed. arriving: per rank, requests whose cache is to be
-    handed over here, as long as there is no room for them.
+    handed over here, as long as there is no room for them. faults: those that last, by number. loading: devices
+    that will be back once their experts are loaded, and the fault that ended.
     """
 
     def __init__(self, world: World, number: int, unit: int, index: int, first: int) -> None:
@@ -49,7 +54,7 @@ class Group:
             fleet.waiting[here],
             fleet.prompt_tokens[here],
         )
-        self.alive, self.ready = fleet.alive[here], fleet.ready[here]
+        self.alive, self.ready, self.slow = fleet.alive[here], fleet.ready[here], fleet.slow[here]
         caching, store = self.unit.prefix_cache == "rank", world.stores[unit]
         self.blocks = Blocks(n, sizes.capacity_blocks, self.unit.block_size, caching=caching, store=store)
         self.acceptance = Acceptance(self.unit.speculative_tokens, self.unit.acceptance, world.seed, world.replica)
@@ -65,17 +70,19 @@ class Group:
         self.maps: I32 | None = world.unit_maps[unit]
         self.state = State()
         self.times: IterationTimes = world.policy.times(unit, self.maps, self.state)
-        self.news: deque[Incident] = deque()
+        self.news: deque[Incident | Loaded] = deque()
+        self.faults: dict[int, Fault] = {}
+        self.loading: dict[int, int] = {}
+        self.absent: dict[str, Any] | None = None  # the death of the last one alive, among the faults
         self.moving: Moving | None = None
         self.topic_tokens = np.zeros(world.n_topics, dtype=np.int64)
         self._per_decode = 1 + self.unit.speculative_tokens
-        self._no_tokens, self._no_pairs = np.zeros(n, dtype=np.int64), np.zeros(n)
         self._resting: Bool | None = None  # ranks whose decodes take no part in the iteration
-        self._given = self._asking = 0
+        self._given, self._asking = 0, np.zeros(n, dtype=np.int64)
         self._graphs = np.array(sorted(self.unit.cuda_graph_sizes), dtype=np.int64)
         self._chunks: list[tuple[int, Request, int]] = []
-        self._last_ps = np.zeros(n, dtype=np.int64)  # of the newest tokens of each rank's decodes
-        self._late: list[dict[Request, int]] = [{} for _ in range(n)]  # decodes whose last token is older, and when
+        self.gaps = Gaps(n, world.log, together=self.unit.chunked_prefill)
+        self.rest = Rest(self)
         self._sleep: Sleep | None = None
         self._cached = 0
         self._loading: dict[int, int] = {}  # tokens that ranks load from the shared cache in this iteration
@@ -102,6 +109,22 @@ class Group:
         self.n_prompting += sign
         self.prompt_tokens[rank] += sign * request.prompt
 
+    def held_up(self, rank: int, *more: Request) -> int:
+        """Return how many requests of the queue of ``rank``, with ``more`` behind, have to wait for seats, blocks or
+        budget; others start with the next iteration."""
+        queue = [*self.waiting[rank], *more]
+        budget = self.unit.max_num_batched_tokens - sum(r.prompt - r.computed for r in self.partial[rank])
+        if self.unit.chunked_prefill:
+            budget -= int(self.decodes.count[rank]) * self._per_decode
+        seats = self.unit.max_num_seqs - int(self.seats[rank]) if self.ready[rank] else 0
+        room = self.blocks.capacity - int(self.blocks.used[rank])
+        for ahead, request in enumerate(queue):
+            room -= self.blocks.of(request.prompt)
+            if ahead >= seats or room < 0 or budget <= 0:
+                return len(queue) - ahead
+            budget -= request.prompt
+        return 0
+
     def empty_queue(self, rank: int) -> list[Request]:
         """Take all waiting requests off ``rank``."""
         found = list(self.waiting[rank])
@@ -113,7 +136,8 @@ class Group:
         return found
 
     def wake(self) -> None:
-        """Look for work at this instant, unless an iteration is going on."""
+        """Look for work at this instant, unless an iteration is going on; something here has changed."""
+        self.rest.look()
         if self._sleep is not None:
             self._sleep.wake(self.number)
 
@@ -134,7 +158,7 @@ class Group:
         self.decodes.leave(rank, request)
         brought = request.generated - before
         request.own += self.blocks.of(request.context + brought) - self.blocks.of(request.context)
-        request.last_ps = self._late[rank].pop(request, int(self._last_ps[rank]))
+        request.last_ps = self.gaps.leave(rank, request)
 
     def _start_decoding(self, rank: int, request: Request) -> None:
         """Let an admitted request, whose last token came at its ``last_ps``, decode."""
@@ -142,11 +166,13 @@ class Group:
             request.accepted = None
         elif request.accepted is None:
             request.accepted = self.acceptance.draw(request)
-        if not self.decodes.count[rank] and not self.unit.chunked_prefill:
-            self._last_ps[rank] = request.last_ps
-        elif request.last_ps != self._last_ps[rank]:
-            self._late[rank][request] = request.last_ps
+        self.gaps.join(rank, request, first=not self.decodes.count[rank])
         self.decodes.join(rank, request)
+
+    def retime(self) -> None:
+        """Look up the clock of what the group has become; nobody needs one where nobody is alive."""
+        if self.alive.any():
+            self.times = self.world.policy.times(self.unit_number, self.maps, self.state)
 
     # Iterations
 
@@ -160,6 +186,7 @@ class Group:
             self._land()
             work = self._schedule()
             if work is None:
+                self.rest.begin()
                 self._sleep = Sleep(env)
                 since = int(env.now)
                 yield self._sleep
@@ -167,12 +194,13 @@ class Group:
                 if self.moving:
                     self.moving.while_idle(since)
                 continue
+            self.rest.end()
             timed = self._loaded(self.times.time(work, self.iterations))
             start, duration = int(env.now), timed.duration_ps
             if self.moving:
                 duration += self.moving.during(timed)
             yield At(env, duration, Order.END, self.number)
-            self._finish(start, work, timed)
+            self._finish(start, timed)
             if self.moving:
                 self.moving.look()
 
@@ -213,28 +241,10 @@ class Group:
             topics = topics * int(asking[~self._resting].sum()) // max(1, decodes.n)  # counted over the group only
             for array in (asking, context, longest):
                 array[self._resting] = 0
-        tokens = asking * self._per_decode
-        requests, fresh, pairs, sampled = self._prompts(longest, topics)
+        self._asking = asking
+        work = work_of(self._chunks, asking, context, longest, topics, self._per_decode, self._graphs)
         self.topic_tokens += topics
-        self._asking = decodes.n if self._resting is None else int(asking.sum())
-        return Work(
-            decode_requests=asking,
-            decode_tokens=self._padded(tokens),
-            decode_kv_tokens=context,
-            prefill_requests=requests,
-            prefill_tokens=fresh,
-            prefill_pairs=pairs,
-            longest=longest,
-            sampled=tokens + sampled if self._chunks else tokens,
-            topic_tokens=topics,
-        )
-
-    def _padded(self, tokens: I64) -> I64:
-        if not len(self._graphs):
-            return tokens
-        at = np.searchsorted(self._graphs, tokens)
-        larger = self._graphs[np.minimum(at, len(self._graphs) - 1)]
-        return np.where((tokens > 0) & (at < len(self._graphs)), larger, tokens)
+        return work
 
     def _grow(self) -> None:
         """Take the blocks that the next decode step opens, putting back requests for which there is no room."""
@@ -310,28 +320,13 @@ class Group:
             request.cached_tokens = request.computed
         self.world.admitted(request)
 
-    def _prompts(self, longest: I64, topics: I64) -> tuple[I64, I64, F64, I64]:
-        """[D] prompts, their new tokens, (query, position) pairs, and tokens sampled; adds to ``longest`` and ``topics``."""
-        if not self._chunks:
-            return self._no_tokens, self._no_tokens, self._no_pairs, self._no_tokens
-        requests, fresh, sampled = (np.zeros(self.n_ranks, dtype=np.int64) for _ in range(3))
-        pairs = np.zeros(self.n_ranks)
-        for rank, request, n in self._chunks:
-            requests[rank] += 1
-            fresh[rank] += n
-            pairs[rank] += n * request.computed + n * (n + 1) / 2
-            sampled[rank] += request.computed + n == request.prompt
-            longest[rank] = max(int(longest[rank]), request.computed + n)
-            topics[request.topic] += n
-        return requests, fresh, pairs, sampled
-
-    def _finish(self, start: int, work: Work, timed: Timed) -> None:
+    def _finish(self, start: int, timed: Timed) -> None:
         """The iteration is over: tokens reach users, requests end or go on."""
         now, blocks, log = int(self.world.env.now), self.blocks, self.world.log
         waiting, running = self.n_waiting_here, self.decodes.n + len(self._chunks)
         used, fullest = int(blocks.used.sum()), int(blocks.used.max())
-        self._count_gaps(now, work.decode_requests)
-        given, asking = self._given, self._asking
+        self.gaps.count(now, self._asking)
+        given, asking = self._given, int(self._asking.sum())
         for rank, request in self.decodes.advance(self._resting) if self.decodes.n else ():
             request.own += blocks.of(request.most_tokens) - blocks.of(request.context)
             self._end(rank, request)
@@ -351,24 +346,6 @@ class Group:
         log.iteration(row, timed.imbalance)
         self.iterations += 1
 
-    def _count_gaps(self, now: int, asking: I64) -> None:
-        """Note how long every decode waited for the tokens of this iteration."""
-        log, last = self.world.log, self._last_ps
-        for rank in range(self.n_ranks) if any(self._late) else ():
-            if asking[rank]:
-                for last_ps in self._late[rank].values():
-                    log.gap(now - last_ps)
-                    log.gap(now - int(last[rank]), -1)
-                self._late[rank].clear()
-        if self.unit.chunked_prefill:  # all decodes had their last tokens together
-            if self._asking:
-                log.gap(now - int(last[0]), self._asking)
-            last[:] = now
-        elif self._asking:
-            served = np.flatnonzero(asking)
-            log.gaps(now - last[served], asking[served])
-            last[served] = now
-
     def _prompt_done(self, rank: int, request: Request, now: int) -> None:
         if request in self.partial[rank]:
             self.partial[rank].remove(request)
@@ -376,7 +353,7 @@ class Group:
         self.blocks.keep(rank, request)
         request.generated += 1
         if request.last_ps >= 0:
-            self.world.log.gap(now - request.last_ps)
+            self.world.log.gap(now, request.last_ps)
         else:
             request.first_ps = now
         request.last_ps = now
@@ -410,4 +387,5 @@ class Group:
             if not self.blocks.take(rank, self.blocks.of(queue[0].prompt)):
                 return
             self.seats[rank] += 1
+            self.rest.look()
             self.world.transfer(queue.popleft(), self.first + rank)

@@ -24,13 +24,35 @@ class Moving:
     """Transfers towards a new map in one group, a chunk of layers after the other; the map then changes at once.
 
     With ``stall`` every iteration is followed by one chunk, for which it waits. Without, chunks go on all the time and
-    share the ports with the iteration's own messages, which take twice as long meanwhile.
+    share the ports with the iteration's own messages, which take twice as long meanwhile. Dead ranks send and receive
+    nothing: what the plan gives them is placed on the others. solver_ps: a first chunk, in which nothing is moved. row: of
+    the table of plans, to which this group's share is added.
     """
 
-    def __init__(self, group: Group, maps: I32, chunks_ps: tuple[int, ...], stall: bool, row: dict[str, Any]) -> None:
-        self.group, self.maps, self.stall, self.row = group, maps, stall, row
-        self._chunks = deque(chunks_ps)
+    def __init__(self, group: Group, plan: I32, stall: bool, row: dict[str, Any], solver_ps: int = 0) -> None:
+        self.group, self.plan, self.stall, self.row = group, plan, stall, row
+        self._chunks = deque([solver_ps] if solver_ps else [])
+        self._begin()
+
+    def _begin(self) -> None:
+        group, policy, row = self.group, self.group.world.policy, self.row
+        assert group.maps is not None
+        target = policy.repair(group.unit_number, self.plan, group.state.dead, group.maps).maps
+        assert target is not None
+        self.maps, move = target, policy.move(group.unit_number, group.maps, target)
+        self._chunks.extend(move.chunks_ps)
         self._begun_ps = int(group.world.env.now)
+        row["moved_slots"] += move.slots
+        row["moved_bytes"] += move.moved_bytes
+        row["transfer_s"] = max(row["transfer_s"], sum(move.chunks_ps) / PS_PER_S)
+
+    def again(self) -> None:
+        """Others are dead than when the move began: begin it anew, from what ranks hold now."""
+        self._chunks.clear()
+        if self.group.alive.any():
+            self._begin()
+        else:
+            self.group.moving = None
 
     def during(self, timed: Timed) -> int:
         """Return how much longer an iteration takes because of the move."""
@@ -63,8 +85,8 @@ class Moving:
         if self._chunks:
             return
         group.moving = None
-        group.maps = group.world.policy.repair(group.unit_number, self.maps, group.state.dead).maps
-        group.times = group.world.policy.times(group.unit_number, group.maps, group.state)
+        group.maps = self.maps
+        group.retime()
         self.row["effective_s"] = max(self.row["effective_s"], group.world.seconds())
 
 
@@ -95,15 +117,13 @@ def rebalancing(world: World, unit: int) -> simpy.events.ProcessGenerator:
         if after is None:
             row["reason"] = "balanced enough"
             continue
-        move = policy.move(unit, maps, after)
-        transfer_s = sum(move.chunks_ps) / PS_PER_S
-        row |= {"done": True, "moved_slots": move.slots, "moved_bytes": move.moved_bytes, "transfer_s": transfer_s}
-        row["effective_s"] = world.seconds()
+        row |= {"done": True, "effective_s": world.seconds()}
         world.unit_maps[unit] = after
         solver_ps = int(to_ps(rule.solver_s))
         if rule.transfer == "background" and solver_ps:
             yield At(world.env, solver_ps, Order.PLAN, unit)
         stall = rule.transfer == "stall"
         for group in groups:
-            group.moving = Moving(group, after, ((solver_ps,) if stall else ()) + move.chunks_ps, stall, row)
-            group.wake()
+            if group.alive.any():
+                group.moving = Moving(group, after, stall, row, solver_ps if stall else 0)
+                group.wake()

@@ -30,8 +30,8 @@ class Move:
 
 @dataclass(frozen=True, slots=True)
 class Repair:
-    """A map without dead ranks, the share of (layer, expert) that still had a live copy, and of the others, loaded again,
-    number and bytes over all layers."""
+    """A map without dead ranks, the share of (layer, expert) that had a live copy, and number and bytes over all layers
+    of the experts that ranks have to load for it."""
 
     maps: I32 | None
     alive_share: float = 1.0
@@ -59,5 +59,5 @@ class ServingPolicy(Protocol):
     def move(self, unit: int, before: I32, after: I32) -> Move:
         """Return what going from one map to the other moves."""
 
-    def repair(self, unit: int, maps: I32 | None, dead: tuple[int, ...]) -> Repair:
-        """Return ``maps`` without the ranks ``dead``."""
+    def repair(self, unit: int, maps: I32 | None, dead: tuple[int, ...], held: I32 | None) -> Repair:
+        """Return ``maps`` without the devices ``dead``, of which some are alive, and what ranks load that have ``held``."""

@@ -39,6 +39,8 @@ class Tables:
         self.window_s = (self.until_ps - self.begin_ps) / PS_PER_S or math.nan  # all is over before it begins
         self.unit_of_group = served.fleet.unit[np.unique(served.fleet.group, return_index=True)[1]]
         self.row_unit = self.unit_of_group[self.log["group"]] if len(self.unit_of_group) else self.log["group"]
+        self.rests = served.log.rests()
+        self.rest_unit = self.unit_of_group[self.rests["group"]] if len(self.unit_of_group) else self.rests["group"]
         self.inside = within(self.log["start_ps"], self.log["end_ps"], self.begin_ps, self.until_ps) / PS_PER_S
 
     def all(self) -> dict[str, Table]:
@@ -164,8 +166,7 @@ class Tables:
         row["decoding_per_rank"] = (
             float((log["decoding"] / self.ranks_of_rows * inside).sum() / busy) if busy else math.nan
         )
-        row["kv_mean"] = float((log["used_blocks"] / self.blocks_of_rows * inside).sum() / (groups * self.window_s))
-        row["kv_max"] = float((log["fullest"] * self.ranks_of_rows / self.blocks_of_rows)[rows].max(initial=0.0))
+        row |= self._cache(rows, units)
         balance = weighted_spread(self.imbalance[rows], inside[rows])
         row |= {"imbalance_mean": balance["mean"], "imbalance_p99": balance["p99"]}
         row["iteration_s"] = float((log["end_ps"] - log["start_ps"])[ended].mean() / PS_PER_S) if n else math.nan
@@ -173,14 +174,24 @@ class Tables:
             row[f"{part}_s"] = float(log[f"{part}_ps"][ended].mean() / PS_PER_S) if n else math.nan
         return row
 
+    def _cache(self, rows: Bool, units: Iterable[int]) -> dict[str, float]:
+        """Mean and highest share of the cache that requests hold, over the window, whether groups iterate or rest."""
+        area, most = 0.0, 0.0
+        for held, unit, chosen in (
+            (self.log, self.row_unit, rows),
+            (self.rests, self.rest_unit, np.isin(self.rest_unit, list(units))),
+        ):
+            inside = within(held["start_ps"], held["end_ps"], self.begin_ps, self.until_ps) / PS_PER_S * chosen
+            capacity = np.array([size.capacity_blocks for size in self.sizes], dtype=np.float64)[unit]
+            ranks = np.array([size.n_ranks for size in self.sizes], dtype=np.float64)[unit]
+            area += float((held["used_blocks"] / (capacity * ranks) * inside).sum())
+            most = max(most, float((held["fullest"] / capacity)[inside > 0].max(initial=0.0)))
+        groups = sum(self.sizes[u].unit.count for u in units)
+        return {"kv_mean": area / (groups * self.window_s), "kv_max": most}
+
     @property
     def ranks_of_rows(self) -> F64:
         return np.array([size.n_ranks for size in self.sizes], dtype=np.float64)[self.row_unit]
-
-    @property
-    def blocks_of_rows(self) -> F64:
-        """Cache blocks of a row's group."""
-        return np.array([size.n_ranks * size.capacity_blocks for size in self.sizes], dtype=np.float64)[self.row_unit]
 
     def _timeline(self, u: int) -> Iterable[dict[str, Any]]:
         edges = np.linspace(0, to_ps(self.serving.duration_s), _BINS + 1).astype(np.int64)
@@ -205,6 +216,9 @@ class Tables:
                 ("output", log["output_tokens"] / lasts),
             ):
                 sums[name] += binned(log["start_ps"], log["end_ps"], rate, edges) / PS_PER_S
+            rest = {name: values[self.rests["group"] == group] for name, values in self.rests.items()}
+            for name, rate in (("queue", rest["waiting"]), ("kv", rest["used_blocks"] / blocks)):
+                sums[name] += binned(rest["start_ps"], rest["end_ps"], rate, edges) / PS_PER_S
         count = self.sizes[u].unit.count
         busy = np.where(sums["busy"] > 0, sums["busy"], np.nan)
         columns = {

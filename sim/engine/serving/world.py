@@ -13,7 +13,7 @@ from sim.deployment import Serving, Unit
 from sim.engine.serving.clock import At, Order
 from sim.engine.serving.fleet import Fleet, Sizes
 from sim.engine.serving.group import Group
-from sim.engine.serving.incidents import incidents
+from sim.engine.serving.incidents import end_absence, incidents
 from sim.engine.serving.log import Log
 from sim.engine.serving.moves import rebalancing
 from sim.engine.serving.policy import ServingPolicy
@@ -21,6 +21,7 @@ from sim.engine.serving.request import Request, arriving
 from sim.engine.serving.stages import Stage, System
 from sim.engine.serving.store import Store
 from sim.requests import Requests
+from sim.tokens import Bool
 from sim.units import PS_PER_S, to_ps
 
 
@@ -54,7 +55,7 @@ class World:
     ) -> None:
         self.serving, self.policy, self.n_topics, self.seed, self.replica = serving, policy, n_topics, seed, replica
         self.env = simpy.Environment()
-        self.fleet, self.log = Fleet(sizes), Log()
+        self.fleet, self.log = Fleet(sizes), Log(int(to_ps(serving.warmup_s)))
         self.queue, self.running, self.handover = Stage("queue"), Stage("running"), Stage("handover")
         self.system = System("all stages")
         self.requests = arriving(requests)
@@ -89,6 +90,9 @@ class World:
                 self.env.run(until=self._over)
             except RuntimeError as error:  # SimPy: no event is left
                 raise ConservationError(f"{self._left} requests wait for ever") from error
+        for group in self.groups:
+            group.rest.end()
+            end_absence(group)
         stages = (self.queue, self.running, self.handover, self.system)
         served = Finished(
             self.requests,
@@ -120,7 +124,7 @@ class World:
     def _arrivals(self) -> simpy.events.ProcessGenerator:
         for request in self.requests:
             yield At(self.env, request.arrival_ps - int(self.env.now), Order.ARRIVAL, request.number)
-            place = self.fleet.choose("prompt", request.most_tokens, limited=True)
+            place = self.fleet.choose("prompt", request, self._with_room(request))
             if place is None or not self._can_decode(place, request):
                 request.refused = True
                 self._finish(request)
@@ -136,9 +140,23 @@ class World:
                 stage.mark(at_ps)
 
     def _can_decode(self, place: int, request: Request) -> bool:
-        """Whether a decode unit could ever hold a request that a prefill unit hands over."""
-        hands_over = self.fleet.sizes[self.fleet.unit[place]].unit.role == "prefill" and request.output_tokens > 1
-        return not hands_over or self.fleet.choose("decode", request.most_tokens) is not None
+        """Whether a decode unit could hold a request that a prefill unit hands over."""
+        over = self.fleet.hands_over(place) and request.output_tokens > request.generated + 1
+        return not over or bool(self.fleet.open("decode", request).any())
+
+    def _with_room(self, request: Request) -> Bool | None:
+        """[R] ranks whose unit's queue is not full, or where a request would not have to wait; None: all."""
+        if all(size.unit.max_queue is None for size in self.fleet.sizes):
+            return None
+        found = np.ones(len(self.fleet.unit), dtype=bool)
+        for u, size in enumerate(self.fleet.sizes):
+            groups = [group for group in self.groups if group.unit_number == u]
+            waiting = sum(group.held_up(rank) for group in groups for rank in np.flatnonzero(group.n_waiting).tolist())
+            if size.unit.max_queue is not None and waiting >= size.unit.max_queue:
+                for group in groups:
+                    for rank in range(group.n_ranks):
+                        found[group.first + rank] = not group.held_up(rank, request)
+        return found
 
     def _accept(self, place: int, request: Request) -> None:
         group = self.groups[self.fleet.group[place]]
@@ -172,8 +190,8 @@ class World:
 
     def reroute(self, request: Request) -> None:
         """Find a place for a request in the queue whose rank has died; without any it is refused."""
-        place = self.fleet.choose("prompt", request.most_tokens)
-        if place is None:
+        place = self.fleet.choose("prompt", request)
+        if place is None or not self._can_decode(place, request):
             request.refused = True
             request.queued_ps += self.queue.leave(request, int(self.env.now))
             self.system.end(request, int(self.env.now))
@@ -193,7 +211,7 @@ class World:
 
     def offer(self, request: Request) -> None:
         """Choose the decode rank that a held cache goes to."""
-        place = self.fleet.choose("decode", request.most_tokens)
+        place = self.fleet.choose("decode", request)
         if place is None:
             self._give_up(request)
             return
@@ -221,6 +239,13 @@ class World:
     def still_there(self, request: Request) -> bool:
         """Whether the cache of a request handed over is still held."""
         return self._held[request] == int(self.deaths[request.place])
+
+    def lose_held(self, place: int) -> None:
+        """Caches that rank ``place``, which has died, held for others are gone; who was to take them will notice."""
+        source = self.groups[self.fleet.group[place]]
+        for request in self._held:
+            if request.place == place:
+                source.blocks.release(place - source.first, request)
 
     def lose(self, request: Request, place: int) -> None:
         """Strike a request whose cache is no longer held off the list of the decode rank ``place``."""
@@ -253,6 +278,8 @@ class World:
             else:
                 self._give_up(request)
             group.wake()
+            if group.alive[rank]:
+                group.receive(rank)  # others may have been waiting for the room
             return
         self._unhold(request)
         request.own, request.place = blocks, place
