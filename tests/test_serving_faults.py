@@ -7,16 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sim.deployment import Fault
 from sim.engine.serving import Finished, Move, Repair
 from sim.engine.serving.experts import Experts, holders, without
 from sim.engine.serving.tables import Tables
 from sim.loading import load
+from sim.placement import replica_counts
+from sim.rng import stream
 from sim.settings import Rebalance
 from sim.tokens import F64, I32
 from sim.units import PS_PER_S
-from tests.serving_model import US, Fake, requests_of, serve, sizes_of, unit, world
+from tests.serving_model import US, Clock, Fake, requests_of, serve, sizes_of, unit, world
 
 MS = 1000 * US
 FOREVER = {"recovery_s": 0.0, "load_bytes_per_s": 1e15}
@@ -35,6 +39,41 @@ def dead(at_s: float, until_s: float | None = None, rank: int = 0, name: str = "
 
 def tables_of(found: Finished, run: object) -> dict[str, dict[str, list[float]]]:
     return Tables(found, run.serving, ("a", "b", "c"), None, {}).all()  # type: ignore[attr-defined]
+
+
+# One at a time
+
+
+def test_a_slow_device_slows_iterations_while_it_lasts() -> None:
+    policy = Fake()
+    fault = Fault(at_s=0.1, until_s=0.3, unit="u", rank=1, kind="slow_device", factor=3)
+    found = serve(requests_of([0], [10], [40]), sizes_of(unit(ranks=2)), policy=policy, faults=(fault,))
+    log = found.log.columns()
+    lasts = (log["end_ps"] - log["start_ps"]) / 20e9
+    inside = (log["start_ps"] > 0.12 * PS_PER_S) & (log["end_ps"] < 0.3 * PS_PER_S)
+    outside = (log["start_ps"] > 0.38 * PS_PER_S) | (log["end_ps"] < 0.1 * PS_PER_S)
+    assert (lasts[inside] > 2.9).all() and inside.any() and (lasts[outside] < 1.1).all()
+    assert [state.slow_devices for state in policy.states] == [(), ((1, 3.0),), ()]
+
+
+def test_a_death_stops_the_group_and_its_requests_are_computed_again() -> None:
+    fault = Fault(at_s=0.1, unit="u", rank=1, kind="dead_rank", recovery_s=2.0, load_bytes_per_s=4e9)
+    one = unit(ranks=2, load_balance_method="round_robin")
+    found = serve(requests_of([0, 0], [10, 10], [40, 40]), sizes_of(one), faults=(fault,))
+    stayed, moved = found.requests
+    assert (stayed.retries, moved.retries, moved.place) == (0, 1, 0)
+    (row,) = found.faults
+    assert (row["paused_s"], row["retried"], row["alive_share"], row["loaded_experts"]) == (3.0, 1, 0.75, 2)
+    log = found.log.columns()
+    assert int(np.diff(np.stack([log["end_ps"][:-1], log["start_ps"][1:]]), axis=0).max()) == 3 * PS_PER_S
+    assert stayed.end_ps > 3 * PS_PER_S
+
+
+def test_a_group_that_recovers_gets_no_requests_while_others_serve() -> None:
+    dies = Fault(at_s=0.0, unit="u", rank=0, kind="dead_rank", recovery_s=5.0)
+    one = unit(ranks=2, count=2)
+    found = serve(requests_of([10**11, 2 * 10**11], [5, 5], [40, 40]), sizes_of(one), faults=(dies,))
+    assert [request.place for request in found.requests] == [2, 3]
 
 
 # Faults that overlap
@@ -144,6 +183,18 @@ def test_without_a_decode_unit_prompts_are_not_computed_for_ever(arrival: int) -
 # Caches handed over
 
 
+def test_a_death_during_a_transfer_sends_the_cache_elsewhere() -> None:
+    prefill, decode = unit("p", role="prefill"), unit("d", 2, role="decode")
+    sizes = sizes_of(prefill, rate=1e6), sizes_of(decode, rate=1e6)  # 50 ms for 50 tokens
+    dies = Fault(at_s=0.03, unit="d", rank=0, kind="dead_rank", recovery_s=0.0, load_bytes_per_s=1e15)
+    (request,) = serve(requests_of([0], [50], [2]), *sizes, faults=(dies,)).requests
+    assert (request.place, request.retries) == (2, 0)
+    assert request.end_ps - request.first_ps > 2 * 50 * MS
+    lost = Fault(at_s=0.03, until_s=0.04, unit="p", rank=0, kind="dead_rank", recovery_s=0.0, load_bytes_per_s=1e15)
+    (request,) = serve(requests_of([0], [50], [2]), *sizes, faults=(lost,)).requests
+    assert (request.retries, request.generated) == (1, 2)
+
+
 def test_a_cache_that_stands_on_shared_prefixes_is_lost_with_its_rank() -> None:
     prefill = sizes_of(unit("p", role="prefill", prefix_cache="rank", block_size=4, count=2))
     decode = sizes_of(unit("d", role="decode", block_size=4, max_num_seqs=1))
@@ -178,6 +229,29 @@ def test_room_freed_where_nothing_else_goes_on_is_given_away() -> None:
 
 
 # Experts that move
+
+
+def test_a_move_stalls_every_iteration_by_one_chunk() -> None:
+    policy = Fake(rebalance=Rebalance(interval_s=0.1, solver_s=0.01))
+    policy.chunks_ps = (3 * MS, 4 * MS)
+    clock = Clock()
+    found = serve(requests_of([0], [10], [9]), sizes_of(unit()), policy=policy)
+    plain = serve(requests_of([0], [10], [9]), sizes_of(unit()), policy=Fake(clock))
+    assert found.requests[0].end_ps - plain.requests[0].end_ps == (10 + 3 + 4) * MS
+    (row,) = found.rebalances
+    assert row["done"] and row["added_s"] == pytest.approx(0.017) and row["transfer_s"] == pytest.approx(0.007)
+    tokens, ages = policy.plans[0]
+    assert tokens.shape == (1, 3) and ages.tolist() == [0.0]
+    assert tokens[0, 0] == 10 + 4  # the prompt, and a decode in each of the four iterations begun since
+
+
+def test_a_move_in_the_background_shares_the_ports() -> None:
+    policy = Fake(rebalance=Rebalance(interval_s=0.1, transfer="background"))
+    policy.chunks_ps = (30 * MS,)
+    found = serve(requests_of([0], [10], [9]), sizes_of(unit()), policy=policy)
+    plain = serve(requests_of([0], [10], [9]), sizes_of(unit()))
+    # half of an iteration communicates, and that takes twice as long for 30 ms of iterations
+    assert found.requests[0].end_ps - plain.requests[0].end_ps == pytest.approx(15 * MS, rel=1e-6)
 
 
 class Placing(Fake):
@@ -232,6 +306,27 @@ def test_a_plan_moves_nothing_to_dead_ranks_and_a_rank_that_returns_loads_it(tra
     assert done[0]["moved_slots"] == int((holders(first[1], 3, 4) & ~holders(first[0], 3, 4)).sum()) > 0
 
 
+def test_a_rank_that_returns_follows_a_plan_that_others_went_over_to_meanwhile() -> None:
+    """Loading from 0.3 s on; the plan of 0.4 s is in effect long before it ends."""
+    policy = Placing("background")
+    fault = dead(0.05, 0.3, rank=1, load_bytes_per_s=1e9)
+    found = serve(requests_of([0], [10], [30]), sizes_of(unit(ranks=3)), policy=policy, faults=(fault,))
+    back = found.faults[1]
+    assert 0.48 < back["time_s"] + back["load_s"] < 0.59
+    plan = np.roll(policy.first(0), 2 * 3, axis=1)
+    whole = [maps for maps in policy.timed if maps is not None and (maps >= 0).all()]
+    assert np.array_equal(whole[1], plan) and not np.array_equal(np.roll(plan, 3, axis=1), plan)
+
+
+def test_a_plan_moves_nothing_where_nobody_is_left() -> None:
+    policy = Placing()
+    faults = tuple(dead(0.05, rank=rank) for rank in range(3))
+    found = serve(
+        requests_of([0, 5 * 10**11], [10] * 2, [90] * 2), sizes_of(unit(ranks=3)), policy=policy, faults=faults
+    )
+    assert not policy.moves and [row["moved_slots"] for row in found.rebalances] == [0, 0]
+
+
 def test_a_death_during_a_move_begins_it_anew() -> None:
     policy = Placing("background")
     found = serve(requests_of([0], [10], [30]), sizes_of(unit(ranks=3)), policy=policy, faults=(dead(0.21, rank=2),))
@@ -249,6 +344,28 @@ def test_what_a_plan_moved_and_cost_is_that_of_all_groups() -> None:
     row = found.rebalances[0]
     assert (row["moved_slots"], row["moved_bytes"]) == (6, 10.0)
     assert row["added_s"] == pytest.approx(0.006) and row["transfer_s"] == pytest.approx(0.003)
+
+
+@given(st.integers(0, 2**32), st.integers(2, 6), st.integers(1, 3), st.integers(0, 2), st.data())
+def test_what_a_death_leaves_is_placed_again(seed: int, ranks: int, per: int, extra: int, data: st.DataObject) -> None:
+    draw = stream(seed, "test", "without")
+    experts = ranks * per
+    maps = np.stack([draw.permutation(np.arange(ranks * (per + extra)) % experts) for _ in range(3)]).astype(np.int32)
+    dead = tuple(sorted(data.draw(st.sets(st.integers(0, ranks - 1), min_size=1, max_size=ranks - 1))))
+    found, missing = without(maps, dead, ranks, experts), 0
+    held = found.reshape(3, ranks, -1)
+    assert (held[:, list(dead)] == -1).all()
+    for layer, before in zip(held, maps.reshape(3, ranks, -1), strict=True):
+        assert set(layer[layer >= 0].tolist()) == set(range(experts))
+        alive = np.delete(before, list(dead), axis=0)
+        missing += experts - len(set(alive.ravel().tolist()))
+    there = holders(maps, ranks, experts)
+    there[:, list(dead)] = False
+    assert int((holders(found, ranks, experts) & ~there).sum()) == missing  # nothing else is loaded
+    if not extra:
+        assert missing == 3 * per * len(dead)
+    assert np.array_equal(without(found, dead, ranks, experts), found)
+    assert (replica_counts(np.where(found < 0, experts, found), experts + 1)[:, :experts] >= 1).all()
 
 
 TOY = Path(__file__).resolve().parents[1] / "scenarios/tiny.yaml"

@@ -144,7 +144,7 @@ def _r1(inputs: Inputs) -> Iterator[Figure]:
         "the same, with EPLB: order of 0.1, read as a factor of 2",
     )
     yield Figure("R1: the same over ranks, EPLB, 32 redundant", order, 0.05, best, 0, relation="at_least")
-    yield Figure("the same, at most", order, 0.2, best, 0, relation="at_most")
+    yield Figure("R1: the same, at most", order, 0.2, best, 0, relation="at_most")
     alone = float(case.times(plan[0]).imbalance.mean())
     reason = "an expert hotter than a rank's mean stays where it is: only replicas split it"
     yield Figure(

@@ -1,4 +1,5 @@
-"""Iteration times of DeepSeek-V3's decode unit (EP144, two-batch overlap): one look-up, and one size of the grid.
+"""Iteration times of DeepSeek-V3's decode unit (EP144, two-batch overlap): one look-up, and one size of the grid; and of
+one size under normal kernels, where copies per rank and node are counted by Numba, or source by source in NumPy.
 
 python -m pytest tests/bench/bench_iteration.py --benchmark-enable
 """
@@ -18,12 +19,22 @@ from sim.validation import Inputs, serving
 SCENARIOS = Path(__file__).resolve().parents[2] / "scenarios"
 
 
+def _served(role: str, ranks: int) -> Served:
+    policy = (
+        "{name: V3, select: {kind: group_limited, topk_group: 4}, placement: {kind: linear, num_redundant_experts: 32}, "
+        "replicas: round_robin}"
+    )
+    return serving._served(serving._scenario(Inputs(SCENARIOS), ranks, policy), role)
+
+
 @pytest.fixture(scope="module")
 def served() -> Served:
-    policy = (
-        "{name: V3, select: {kind: group_limited, topk_group: 4}, placement: {kind: linear, num_redundant_experts: 32}}"
-    )
-    return serving._served(serving._scenario(Inputs(SCENARIOS), 144, policy), "decode")
+    return _served("decode", 144)
+
+
+@pytest.fixture(scope="module")
+def mixed() -> Served:
+    return _served("prefill", 72)
 
 
 def _works(served: Served) -> list[Work]:
@@ -48,3 +59,15 @@ def test_one_size(benchmark: Any, served: Served) -> None:
     routed = served.overlapping.routed
     assert routed is not None
     benchmark(routed.direct, "decode", routed.mixtures[0], 0, 48)
+
+
+@pytest.mark.parametrize("kernels", ["numba", "numpy"])
+def test_one_size_of_normal_kernels(
+    benchmark: Any, mixed: Served, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GATESIM_KERNELS", kernels)
+    routed = mixed.whole.routed
+    assert routed is not None
+    for _ in range(5):  # load Numba
+        routed.direct("prefill", routed.mixtures[0], 0, 48)
+    benchmark(routed.direct, "prefill", routed.mixtures[0], 0, 48)
