@@ -509,6 +509,15 @@ def test_what_a_group_holds_counts_while_it_does_not_iterate() -> None:
     assert int((log["group"] == 0).sum()) == 1  # nothing of this in iterations
 
 
+def test_room_reserved_for_a_cache_on_its_way_counts() -> None:
+    """50 tokens at 1 ms each, to a group that does nothing meanwhile."""
+    prefill, decode = unit("p", role="prefill", block_size=1), unit("d", role="decode", block_size=1)
+    rests = serve(requests_of([0], [50], [2]), sizes_of(prefill, rate=1e6), sizes_of(decode, rate=1e6)).log.rests()
+    for group in range(2):
+        (row,) = np.flatnonzero(rests["group"] == group)
+        assert rests["used_blocks"][row] == 50 and rests["end_ps"][row] - rests["start_ps"][row] == 50 * MS + 3 * US
+
+
 def test_the_queue_counts_while_a_group_recovers() -> None:
     dies = Fault(at_s=0.1, unit="u", rank=1, kind="dead_rank", recovery_s=0.5, load_bytes_per_s=1e15)
     arrivals = [i * 10 * MS for i in range(90)]

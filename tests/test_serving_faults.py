@@ -408,6 +408,9 @@ def test_experts_are_repaired_moved_and_loaded_as_they_are_held() -> None:
     new = (holders(target, 8, 32) & ~holders(maps, 8, 32)).sum()
     assert moved.slots == round(int(new) * experts.per_layer) > 0
     assert not holders(target, 8, 32)[:, 3].any()
+    emptied = maps.copy()
+    emptied[:, 0] = -1
+    assert experts.move(0, maps, emptied).slots == 0  # empty slots of rank 3 fill none of rank 0
 
 
 def test_one_device_that_dies_leaves_no_experts() -> None:

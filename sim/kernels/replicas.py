@@ -96,7 +96,7 @@ def reach(topk_ids, first, share, start, slots, slot_rank, slot_node, ranks, nod
                     continue
                 best = -1
                 for v in range(start[e], start[e + 1]):
-                    if share[s, v] and (best < 0 or odd[v] * share[s, best] < odd[best] * share[s, v]):
+                    if best < 0 or odd[v] * share[s, best] < odd[best] * share[s, v]:
                         best = v
                 if best < 0 or odd[best] >= 2 * share[s, best]:
                     continue
