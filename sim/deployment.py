@@ -63,7 +63,8 @@ class Unit(Block):
     host_overhead_s: Annotated[Seconds, Field(le=60)] = 0.0
     """Scheduler and launch time of an iteration that the device waits for."""
     max_queue: int | None = Field(default=None, ge=0)
-    """Waiting requests of a unit beyond which new ones are refused; None: no limit."""
+    """Requests of a unit that wait for seats, cache blocks or token budget, beyond which new ones are refused; what can start
+    with the next iteration does not count. None: no limit."""
 
 
 class Slo(Block):
@@ -79,7 +80,8 @@ class Fault(Block):
 
     at_s: Span
     until_s: Span | None = None
-    """When it ends; None: never."""
+    """When it ends; None: never. A dead rank then loads its experts at load_bytes_per_s before it serves; the others go on
+    without it."""
     unit: str
     index: int = Field(default=0, ge=0)
     """Which of the unit's groups."""
