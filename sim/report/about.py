@@ -23,7 +23,8 @@ def describe(scenario: Scenario) -> list[str]:
         f"{scenario.name}: {model.name}, {model.total_parameters / 1e9:.2f}B parameters, "
         f"{model.active_parameters / 1e9:.2f}B active ({100 * model.active_parameters / model.total_parameters:.1f} %)"
     )
-    constants = f"constants: {scenario.cost.compute.provenance(cluster.device, scenario.cost.gemm_dtype)}"
+    step_in = scenario.cost.gemm_dtype if scenario.serving is None else None  # serving has kernels that no step has
+    constants = f"constants: {scenario.cost.compute.provenance(cluster.device, step_in)}"
     if scenario.serving is not None:
         used = sum(unit.count * unit.parallel.ep_size for unit in scenario.serving.units)
         lines = [head, f"{used} of {cluster.n_devices} {cluster.device.name} in nodes of {cluster.devices_per_node}"]
