@@ -97,6 +97,13 @@ def validate(model_cls: type[M], data: dict[str, Any], marks: Mapping[KeyPath, M
         return model_cls.model_validate(data)
     except ValidationError as error:
         details = error.errors(include_url=False)
+    # Items that are wrong are missing from their list, which then may be too short for that alone.
+    places = [detail["loc"] for detail in details]
+    details = [
+        detail
+        for detail in details
+        if detail["type"] != "too_short" or not any(p[: len(detail["loc"])] == detail["loc"] != p for p in places)
+    ]
     found: dict[KeyPath, list[Problem]] = {}
     for detail in details:
         path, problem = _explain(model_cls, data, detail)

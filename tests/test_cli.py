@@ -368,7 +368,7 @@ def test_ctrl_c_ends_a_run_at_once_and_leaves_nothing(place: Path, jobs: str, de
 def test_an_interrupt_that_an_import_swallows_is_not_lost(place: Path) -> None:
     """Some packages catch everything while they start; the run ends at the next checkpoint all the same."""
     code = (
-        "import os, signal, sys, sim.run, sim.scenario as s\n"
+        "import os, signal, sys, sim.run, sim.loading as s\n"
         "def load(*a, real=s.load, **k):\n"
         "    try: os.kill(os.getpid(), signal.SIGINT)\n"
         "    except BaseException: pass\n"

@@ -206,8 +206,9 @@ def test_quoted_tables_have_todays_headings(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_options_and_files_the_readme_names_exist() -> None:
-    parsers = (parser(), sim.fit.parser(), sim.calibrate.parser(), sim.validate.parser())
+    parsers = (parser(), sim.advise.parser(), sim.fit.parser(), sim.calibrate.parser(), sim.validate.parser())
     known = {option for one in parsers for action in one._actions for option in action.option_strings}
+    known |= {"--figure"}  # of python -m analysis.figures, which tests/test_analysis.py runs
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README)) <= known
     named = set(re.findall(r"`((?:sim|tests|analysis|scenarios)/[\w./]+)`", README))
     named |= set(re.findall(r"\]\(([^)#:]+)\)", README))

@@ -46,6 +46,8 @@ def problems(scenario: Scenario) -> Iterator[Rule]:
             yield ("serving", "faults", j, "until_s"), f"must be > at_s = {fault.at_s:g}"
     if roles == {"decode"} and serving.slo.ttft_s is not None:
         yield ("serving", "slo", "ttft_s"), "has no meaning at decode units alone: prompts come with their cache"
+    if scenario.steps.record_traffic:
+        yield ("steps", "record_traffic"), "is for runs of steps: a run that serves draws its batches"
     if serving.warmup_s >= serving.duration_s:
         yield ("serving", "warmup_s"), f"must be < duration_s = {serving.duration_s:g}"
     # Recorded requests are read once, and of generated ones none are drawn, so that what cannot be drawn is refused.

@@ -181,10 +181,11 @@ class ReplaySource(Source):
         n_tokens, per_step = self.trace.n_tokens, n_ranks * tokens_per_rank
         config, start = self.config, step * per_step
         if phase != "train":
+            called = "warm-up" if phase == "warmup" else phase
             if start + per_step > self.kept:
                 raise ValueError(
-                    f"{config.path}: {phase} step {step} asked for, but traffic.warmup_steps keeps "
-                    f"{config.warmup_steps} train steps for it ({self.kept} tokens, {per_step} per {phase} step)"
+                    f"{config.path}: {called} step {step} asked for, but traffic.warmup_steps keeps "
+                    f"{config.warmup_steps} train steps for it ({self.kept} tokens, {per_step} per {called} step)"
                 )
         else:
             start += self.kept

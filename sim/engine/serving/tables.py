@@ -103,6 +103,18 @@ class Tables:
         }
         return {name: [value] * len(found) for name, value in self.head.items()} | plain
 
+    def _ended_well(self, requests: Table) -> int:
+        """Requests that ended within the window, whenever they arrived, and met the SLO: more than units can serve end
+        later, and do not count."""
+        slo = self.serving.slo
+        arrival, ttft, per_token, e2e = (np.array(requests[f"{n}_s"]) for n in ("arrival", "ttft", "tpot", "e2e"))
+        good = meets(ttft, per_token, e2e, (slo.ttft_s, slo.tpot_s, slo.e2e_s)) & ~np.array(
+            requests["refused"], dtype=bool
+        )
+        end = arrival + e2e
+        inside = (end >= self.begin_ps / PS_PER_S) & (end <= self.until_ps / PS_PER_S)
+        return int((good & inside).sum())
+
     def _service(self, requests: Table) -> dict[str, float]:
         serving, served = self.serving, self.served
         refused = np.array(requests["refused"], dtype=bool)
@@ -125,7 +137,7 @@ class Tables:
         row["user_tokens_per_s"] = 1.0 / row["tpot_mean_s"] if row["tpot_mean_s"] else math.nan
         row |= {
             "goodput_share": float(good.sum() / counted.sum()) if counted.any() else math.nan,
-            "goodput_per_s": float(good.sum() / self.window_s) if counted.any() else math.nan,
+            "goodput_per_s": self._ended_well(requests) / self.window_s if counted.any() else math.nan,
         }
         row |= {"requests": int(counted.sum()), "refused": int((refused & counted).sum())}
         for name in ("preemptions", "retries"):
