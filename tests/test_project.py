@@ -159,6 +159,11 @@ def test_yaml_block_of_the_readme_runs(text: str, tmp_path: Path) -> None:
     file = tmp_path / "scenarios" / "mine.yaml"
     whole = text.startswith("name:")
     file.write_text(text if whole else "extends: policies.yaml\nname: mine\n" + text, encoding="utf-8")
+    if "serving:" in text:
+        short = ["serving.duration_s=22", "serving.faults.0.at_s=21", "serving.pool_tokens=64", "serving.sampled_layers=1"]
+        served = sim.run(file, overrides=[*short, "serving.draws=1"])
+        assert (served.service.requests > 0).all() and len(served.tables["faults"]["policy"]) == 2
+        return
     phase = ["schedule.phase=forward"] if "num_redundant_experts" in text else []
     result = sim.run(file, overrides=["traffic.tokens_per_rank=64", "steps.warmup.steps=0", *phase])
     assert len(set(result.steps.policy)) == len(YAML(typ="safe", pure=True).load(text)["policies"])
