@@ -59,8 +59,8 @@ class Hosting:
         self.watches_pairs = "coactivation" in self.placement.needs
         interval = self.rule.interval_steps
         self.kept_steps = 0 if interval is None else self._memory(interval)
-        if "rank_times_s" in self.placement.needs:
-            self.rank_times_s = partial(expert_times_s, scenario, policy)
+        timed = "rank_times_s" in self.placement.needs
+        self.rank_times_s = partial(expert_times_s, scenario, policy) if timed else None
         self._set(self._plan(Observed.nothing(1, self.slots.n_routed_experts), self.stream()))
 
     def _memory(self, interval: int) -> int:
@@ -129,7 +129,7 @@ class Hosting:
         pairs = None
         if self.watches_pairs and self.pairs:
             pairs = np.sum([self.pairs[i] * weights[i] for i in counted], axis=0)[None]
-        return Observed(loads, pairs, self.map[None], getattr(self, "rank_times_s", None))
+        return Observed(loads, pairs, self.map[None], self.rank_times_s)
 
     def quotas(self, kept: I64) -> I64:
         """Return [P, S]: each source's tokens per slot, for (token, expert) pairs ``kept`` [P, E] of one micro-batch.

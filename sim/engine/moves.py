@@ -27,6 +27,18 @@ def expert_bytes(scenario: Scenario, policy: Policy) -> float:
     return scenario.model_of(policy).expert_parameters * BYTES_PER_ELEMENT[scenario.cost.gemm_dtype]
 
 
+def chunk_s(scenario: Scenario, policy: Policy, network: Network, sent: I64) -> float:
+    """Return seconds until the last of the experts ``sent`` [P, P] from rank to rank has arrived: one direct exchange."""
+    times, _ = scenario.cost.communication.pair_times_s(
+        network,
+        rank_tokens=sent,
+        node_tokens=np.zeros((network.n_ranks, network.n_nodes)),
+        bytes_per_token=expert_bytes(scenario, policy),
+        mode="low_latency",
+    )
+    return float(times.max())
+
+
 def transfer(scenario: Scenario, policy: Policy, network: Network, layers: Sequence[I64]) -> Moves:
     """Return what sending experts ``layers`` ([P, P] from rank to rank, of every layer) takes.
 
@@ -34,13 +46,9 @@ def transfer(scenario: Scenario, policy: Policy, network: Network, layers: Seque
     the scenario's communication cost.
     """
     size, chunk = expert_bytes(scenario, policy), policy.rebalance.layers_per_chunk
-    no_nodes = np.zeros((network.n_ranks, network.n_nodes))
     seconds = 0.0
     for start in range(0, len(layers), chunk):
         sent = np.sum(layers[start : start + chunk], axis=0)
         if sent.any():
-            times, _ = scenario.cost.communication.pair_times_s(
-                network, rank_tokens=sent, node_tokens=no_nodes, bytes_per_token=size, mode="low_latency"
-            )
-            seconds += float(times.max())
+            seconds += chunk_s(scenario, policy, network, sent)
     return Moves(float(sum(int(sent.sum()) for sent in layers)) * size, seconds)

@@ -11,7 +11,7 @@ import numpy as np
 
 from sim.cluster import build_network
 from sim.engine.iteration import IterationTimes
-from sim.engine.moves import expert_bytes
+from sim.engine.moves import chunk_s, expert_bytes
 from sim.engine.served import Served
 from sim.engine.serving.policy import Move, Repair, State
 from sim.hosting import balancedness, coactivation, expert_times_s, forecast
@@ -154,7 +154,7 @@ class Experts:
         return self._moves[key]
 
     def _move(self, unit: int, before: I32, after: I32) -> Move:
-        slots, cost = self._slots(unit), self.scenario.cost
+        slots = self._slots(unit)
         held = np.where(before < 0, -2, before)  # an empty slot is nothing that could be sent to fill another
         sent = np.stack([moves(old, new, slots) for old, new in zip(held, after, strict=True)])
         size = expert_bytes(self.scenario, self.policy)
@@ -162,18 +162,8 @@ class Experts:
         if not n:
             return Move(0, 0.0, ())
         network = build_network(self.scenario.cluster, slots.ep_size)
-        no_nodes = np.zeros((network.n_ranks, network.n_nodes))
         together = min(self.rebalance.layers_per_chunk, self.model.n_moe_layers)
-        times = []
-        for layer in sent:
-            pair_s, _ = cost.communication.pair_times_s(
-                network,
-                rank_tokens=layer * together,
-                node_tokens=no_nodes,
-                bytes_per_token=size,
-                mode="low_latency",
-            )
-            times.append(int(to_ps(float(pair_s.max()))))
+        times = [int(to_ps(chunk_s(self.scenario, self.policy, network, layer * together))) for layer in sent]
         chunks = -(-self.model.n_moe_layers // together)
         return Move(round(n), n * size, tuple(times[i * len(times) // chunks] for i in range(chunks)))
 
