@@ -103,15 +103,10 @@ class Tables:
         }
         return {name: [value] * len(found) for name, value in self.head.items()} | plain
 
-    def _ended_well(self, requests: Table) -> int:
-        """Requests that ended within the window, whenever they arrived, and met the SLO: more than units can serve end
-        later, and do not count."""
-        slo = self.serving.slo
-        arrival, ttft, per_token, e2e = (np.array(requests[f"{n}_s"]) for n in ("arrival", "ttft", "tpot", "e2e"))
-        good = meets(ttft, per_token, e2e, (slo.ttft_s, slo.tpot_s, slo.e2e_s)) & ~np.array(
-            requests["refused"], dtype=bool
-        )
-        end = arrival + e2e
+    def _ended_well(self, requests: Table, good: Bool) -> int:
+        """Requests ``good`` [n] that ended within the window, whenever they arrived: more than units can serve end later,
+        and do not count."""
+        end = np.array(requests["arrival_s"]) + np.array(requests["e2e_s"])
         inside = (end >= self.begin_ps / PS_PER_S) & (end <= self.until_ps / PS_PER_S)
         return int((good & inside).sum())
 
@@ -120,10 +115,11 @@ class Tables:
         refused = np.array(requests["refused"], dtype=bool)
         counted = np.array(requests["arrival_s"]) >= serving.warmup_s
         done = counted & ~refused
-        ttft, per_token, e2e, queued = (
-            np.array(requests[f"{name}_s"])[done] for name in ("ttft", "tpot", "e2e", "queued")
+        every = [np.array(requests[f"{name}_s"]) for name in ("ttft", "tpot", "e2e", "queued")]
+        good = (
+            meets(every[0], every[1], every[2], (serving.slo.ttft_s, serving.slo.tpot_s, serving.slo.e2e_s)) & ~refused
         )
-        good = meets(ttft, per_token, e2e, (serving.slo.ttft_s, serving.slo.tpot_s, serving.slo.e2e_s))
+        ttft, per_token, e2e, queued = (values[done] for values in every)
         gaps, weights = served.log.token_gaps()
         row: dict[str, float] = {}
         for name, values in (
@@ -136,8 +132,8 @@ class Tables:
             row |= {f"{name}_{key}_s": value for key, value in values.items()}
         row["user_tokens_per_s"] = 1.0 / row["tpot_mean_s"] if row["tpot_mean_s"] else math.nan
         row |= {
-            "goodput_share": float(good.sum() / counted.sum()) if counted.any() else math.nan,
-            "goodput_per_s": self._ended_well(requests) / self.window_s if counted.any() else math.nan,
+            "goodput_share": float((good & counted).sum() / counted.sum()) if counted.any() else math.nan,
+            "goodput_per_s": self._ended_well(requests, good) / self.window_s if counted.any() else math.nan,
         }
         row |= {"requests": int(counted.sum()), "refused": int((refused & counted).sum())}
         for name in ("preemptions", "retries"):
