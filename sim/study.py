@@ -7,7 +7,8 @@ in the order of policies, replicas, steps and layers.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -218,21 +219,68 @@ def simulate(scenario: Scenario, jobs: int | None, expected: Estimate, progress:
         return serve(scenario, jobs, expected, progress)
     if scenario.pipelined:
         return _simulate_pipelined(scenario, jobs, expected, progress)
+    with Workers(processes(jobs, len(_tasks(scenario)), expected)) as workers:
+        return _timed(_routed(scenario, workers, progress), scenario, workers, progress)
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What the gates of ``scenario`` did with its tokens, by (replica, policy); costs and rates play no part in it."""
+
+    scenario: Scenario
+    counts: Mapping[tuple[int, int], list[Counts]]
+
+
+def separable(scenario: Scenario) -> bool:
+    """Whether routing and timing of ``scenario`` are two stages, so that `timed` can use one `route` many times."""
+    return len(scenario.arenas()) == 1 and scenario.serving is None and not scenario.pipelined
+
+
+def route(scenario: Scenario, jobs: int | None, expected: Estimate, progress: bool = False) -> Routed:
+    """Route the tokens of a checked scenario that is `separable`, and time nothing."""
+    with Workers(processes(jobs, len(_tasks(scenario)), expected)) as workers:
+        return _routed(scenario, workers, progress)
+
+
+def timed(routed: Routed, scenario: Scenario) -> Result:
+    """Time ``scenario`` on one process with the routing of another that differs in costs and rates alone. Raises ValueError
+    if they differ in anything that routing depends on."""
+    strange = [name for name, of in _ROUTING.items() if of(scenario) != of(routed.scenario)]
+    if strange:
+        raise ValueError(f"{strange[0]} differs from that of the routing")
+    with Workers(1) as workers:
+        return _timed(routed, scenario, workers, False)
+
+
+# What routing depends on, of a scenario.
+_ROUTING: dict[str, Callable[[Scenario], Any]] = {
+    name: operator.attrgetter(name)
+    for name in ("seed", "replicas", "model", "parallel", "traffic", "router_dynamics", "steps", "policies")
+} | {
+    "schedule.micro_batches": lambda scenario: scenario.schedule.micro_batches,
+    "cluster": lambda scenario: (scenario.cluster.n_devices, scenario.cluster.topology.domain(scenario.cluster)),
+}
+
+
+def _routed(scenario: Scenario, workers: Workers, progress: bool) -> Routed:
     tasks = _tasks(scenario)
-    with Workers(processes(jobs, len(tasks), expected)) as workers:
-        rolled: list[list[Counts]] = list(watched(workers.map(rollout.run, tasks), len(tasks), "routing", progress))
-        counts: dict[tuple[int, int], list[Counts]] = {}
-        for task, results in zip(tasks, rolled, strict=True):
-            for result in results:
-                counts.setdefault((task.replica, result.policy), []).append(result)
-        timing_jobs = []
-        for replica in range(scenario.replicas):
-            for index in range(len(scenario.policies)):
-                for step in scenario.timed_steps():
-                    layers = counts.get((replica, index), [])
-                    timing_jobs.append((replica, index, step, [layer.exchanges[step] for layer in layers]))
-        todo = [(scenario, index, exchanges) for _, index, _, exchanges in timing_jobs]
-        timed = list(watched(workers.map(_time_step, todo), len(todo), "timing", progress))
-    timing = {(replica, index, step): t for (replica, index, step, _), t in zip(timing_jobs, timed, strict=True)}
+    rolled: list[list[Counts]] = list(watched(workers.map(rollout.run, tasks), len(tasks), "routing", progress))
+    counts: dict[tuple[int, int], list[Counts]] = {}
+    for task, results in zip(tasks, rolled, strict=True):
+        for result in results:
+            counts.setdefault((task.replica, result.policy), []).append(result)
+    return Routed(scenario, counts)
+
+
+def _timed(routed: Routed, scenario: Scenario, workers: Workers, progress: bool) -> Result:
+    counts, timing_jobs = routed.counts, []
+    for replica in range(scenario.replicas):
+        for index in range(len(scenario.policies)):
+            for step in scenario.timed_steps():
+                layers = counts.get((replica, index), [])
+                timing_jobs.append((replica, index, step, [layer.exchanges[step] for layer in layers]))
+    todo = [(scenario, index, exchanges) for _, index, _, exchanges in timing_jobs]
+    times = list(watched(workers.map(_time_step, todo), len(todo), "timing", progress))
+    timing = {(replica, index, step): t for (replica, index, step, _), t in zip(timing_jobs, times, strict=True)}
     tables = tabulate(scenario, counts, timing, _moves(scenario, counts)) | traffic_tables(scenario, counts)
-    return Result(scenario, tables, summarise(tables, scenario), sum(int(t["events"]) for t in timed))
+    return Result(scenario, tables, summarise(tables, scenario), sum(int(t["events"]) for t in times))

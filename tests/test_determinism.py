@@ -18,7 +18,9 @@ import pandas as pd
 import pytest
 
 import sim
+from sim.estimate import estimate
 from sim.run import main
+from sim.study import route, timed
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "scenarios" / "tiny.yaml"
@@ -179,3 +181,15 @@ def test_a_step_does_not_depend_on_how_many_follow(alone: dict[str, pd.DataFrame
     for name in ("steps", "layers", "devices"):
         first = longer[name][longer[name].step < 2].reset_index(drop=True)
         pd.testing.assert_frame_equal(first, alone[name], check_exact=True)
+
+
+def test_one_routing_serves_every_price() -> None:
+    base = sim.load(TINY, SHORT)
+    routed = route(base, 1, estimate(base))
+    for changes in ((), ("cost.communication=alpha_beta", "cluster.device.memory_bandwidth_bytes_per_s=1e12")):
+        scenario = sim.load(TINY, [*SHORT, *changes])
+        whole, again = sim.run(scenario), timed(routed, scenario)
+        for name in whole.tables:
+            pd.testing.assert_frame_equal(pd.DataFrame(whole.tables[name]), pd.DataFrame(again.tables[name]))
+    with pytest.raises(ValueError, match="traffic differs"):
+        timed(routed, sim.load(TINY, [*SHORT, "traffic.tokens_per_rank=64"]))
