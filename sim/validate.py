@@ -72,7 +72,7 @@ def _data(group: str, figure: Any) -> dict[str, Any]:
 
 
 def _table(rows: Sequence[tuple[str, Any]]) -> str:
-    from sim.report import grid
+    from sim.aligned import grid
 
     lines = []
     for group, figure in rows:

@@ -11,7 +11,7 @@ from sim.advice.batches import Batches
 from sim.advice.evidence import Interval
 from sim.advice.placement import Judged, Row
 from sim.advice.verdict import condition
-from sim.report import grid
+from sim.aligned import grid
 from sim.units import human
 
 _HEAD = ("option", "step ms", "imbalance", "saves", "95 %", "moves", "costs", "repaid in steps", "95 %", "memory")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from sim.report import serving, steps
 from sim.report.about import describe
-from sim.report.grids import grid
 from sim.results import Result
 
 
@@ -13,4 +12,4 @@ def terminal(result: Result) -> str:
     return steps.terminal(result) if result.scenario.serving is None else serving.terminal(result)
 
 
-__all__ = ["describe", "grid", "terminal"]
+__all__ = ["describe", "terminal"]

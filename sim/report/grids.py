@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from sim.aligned import grid
 from sim.results import Metric, Result, metrics_of
 
 # Columns whose paired difference a table ends with.
@@ -34,25 +35,6 @@ def number(value: float, metric: Metric) -> str:
             else f"{value:.3g}"
         )
     return f"{value:.{metric.digits}f}"
-
-
-def grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Align columns: the first to the left, the others to the right, under head lines broken at spaces."""
-    words = [h.split(" ") for h in head]
-    depth = max(len(w) for w in words)
-    lines = [[w[i - depth + len(w)] if i >= depth - len(w) else "" for w in words] for i in range(depth)]
-    table = [*lines, *rows]
-    widths = [max(len(row[c]) for row in table) for c in range(len(head))]
-    text = []
-    for i, row in enumerate(table):
-        cells = [
-            cell.ljust(width) if c == 0 else cell.rjust(width)
-            for c, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        text.append("  ".join(cells).rstrip())
-        if i == depth - 1:
-            text.append("  ".join("-" * width for width in widths))
-    return text
 
 
 def table(result: Result, names: Sequence[str]) -> list[str]:

@@ -6,8 +6,9 @@ import math
 import textwrap
 from typing import Any
 
+from sim.aligned import grid
 from sim.report.about import describe
-from sim.report.grids import grid, number, titled
+from sim.report.grids import number, titled
 from sim.report.remarks import remarks_on
 from sim.results import Result, Table, metrics_of
 from sim.units import human

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import textwrap
 
+from sim.aligned import grid
 from sim.metrics.dynamics import MIN_STEPS
 from sim.report.about import describe
-from sim.report.grids import grid, titled
+from sim.report.grids import titled
 from sim.report.remarks import remarks_on
 from sim.report.repaid import repaid
 from sim.results import Result
