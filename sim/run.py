@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import io
-import signal
 import sys
-import threading
 import types
 from collections.abc import Sequence
 from typing import Any
 
-from sim.console import discard_output
+from sim.console import guarded
 
 
 def parser() -> argparse.ArgumentParser:
@@ -37,43 +34,10 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-_interrupts: list[int] = []
-
-
-def _interrupt(number: int, frame: types.FrameType | None) -> None:
-    _interrupts.append(number)
-    raise KeyboardInterrupt
-
-
-def _stop_if_interrupted() -> None:
-    """Raise again what an import may have swallowed: some packages catch everything while they start."""
-    if _interrupts:
-        raise KeyboardInterrupt
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_intermixed_args(argv)
-    _interrupts.clear()
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):  # a polite kill ends like Ctrl-C
-            signal.signal(number, _interrupt)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # an ASCII terminal gets ? for ±
-    try:
-        status = _main(args)
-        sys.stdout.flush()
-        return status
-    except KeyboardInterrupt:
-        print("interrupted; nothing of the run in progress was written", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader has seen enough, as in `| head`
-        discard_output()
-        return 1
-    except OSError as error:
-        print(f"python -m sim.run: {error}", file=sys.stderr)
-        discard_output()
-        return 2
+    interrupted = "interrupted; nothing of the run in progress was written"
+    return guarded("python -m sim.run", lambda: _main(args), interrupted, bad=(OSError,))
 
 
 def _main(args: argparse.Namespace) -> int:
@@ -113,7 +77,6 @@ def _main(args: argparse.Namespace) -> int:
     if bad:
         return 2
     for scenario in scenarios:
-        _stop_if_interrupted()
         expected = estimate(scenario)
         if args.dry_run:
             from sim.report import describe
@@ -149,7 +112,6 @@ def _run(scenario: Any, args: argparse.Namespace, expected: Any) -> None:
 
     if args.out != "-":
         check_writable(args.out)
-    _stop_if_interrupted()
     started = time.monotonic()
     show = not args.quiet and sys.stderr.isatty()
     if show:
