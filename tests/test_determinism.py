@@ -18,8 +18,10 @@ import pandas as pd
 import pytest
 
 import sim
+from sim.digest import digest
 from sim.estimate import estimate
 from sim.run import main
+from sim.store import run_id
 from sim.study import route, timed
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -136,6 +138,23 @@ def test_resolved_replay_repeats_the_run(tmp_path: Path) -> None:
     (resolved,) = (tmp_path / "first").rglob("scenario.yaml")
     assert main([str(resolved), "--allow-outside", "--quiet", "--out", str(tmp_path / "second")]) == 0
     assert digests(tmp_path / "second") == digests(tmp_path / "first")
+
+
+def test_a_trace_is_known_by_its_content(tmp_path: Path) -> None:
+    file = trace_in_its_folder(tmp_path / "scenarios")
+    trace = file.parent / "trace.npz"
+    first = run_id(sim.load(file))
+    (file.parent / "copy.npz").write_bytes(trace.read_bytes())
+    assert run_id(sim.load(file, [f"traffic.path={file.parent / 'copy.npz'}"])) == first
+    ids = np.load(trace)["topk_ids"]
+    np.savez(trace, topk_ids=ids[:, ::-1])
+    assert run_id(sim.load(file)) != first
+    folder = tmp_path / "esft"
+    folder.mkdir()
+    (folder / "expert_weights_1.txt").write_text("1\t2\t0.5\t0.5\n", encoding="utf-8")
+    whole = digest(str(folder))
+    (folder / "expert_weights_1.txt").write_text("2\t1\t0.5\t0.5\n", encoding="utf-8")
+    assert len(whole) == 64 and digest(str(folder)) != whole and digest(str(tmp_path / "none")) == ""
 
 
 # What a row does not depend on -----------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import io
 import os
 import zlib
@@ -39,15 +38,6 @@ def content(path: str) -> bytes:
     if len(data) > MAX_FILE_BYTES:
         raise ValueError(f"{path}: expected at most {MAX_FILE_BYTES} bytes, found more")
     return data
-
-
-def digest(path: str) -> str:
-    """Return the SHA-256 of the file, or nothing if it cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return ""
 
 
 def header(path: str, data: bytes) -> list[str]:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from pydantic import Field
 
+from sim.digest import digest
 from sim.requests import PrefixTree, Requests, RequestSource
-from sim.requests._files import digest
 from sim.requests._generated import LONGEST_S, draw_topics
 from sim.rng import stream
 from sim.tokens import F64, I32, I64

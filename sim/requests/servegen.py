@@ -13,8 +13,9 @@ import numpy as np
 from pydantic import Field
 from scipy.special import gamma
 
+from sim.digest import digest
 from sim.kernels.elementary import exp, log
-from sim.requests._files import content, digest, refuse_first, table
+from sim.requests._files import content, refuse_first, table
 from sim.requests._generated import LONGEST_S, Draw, Generated, check_count
 from sim.tokens import F64, I32, I64, Bool
 from sim.units import Seconds, to_ps

@@ -19,6 +19,7 @@ from typing import Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
+from sim.digest import digest
 from sim.kernels.elementary import log
 from sim.rng import stream
 from sim.tokens import F32, I32, I64, Tokens
@@ -84,6 +85,9 @@ class Replay(Traffic):
         if self.offset == "replica":
             found += ("replicas replay one trace from different starts: intervals over them do not cover other text",)
         return found
+
+    def fingerprint(self) -> str:
+        return digest(self.path)
 
     def start(self, shape: TrafficShape, seed: int, replica: int) -> Source:
         asked = None if self.provides == "logits" else shape.num_experts_per_tok
