@@ -10,9 +10,7 @@ line also knows the figures of `analysis.placement` and `analysis.serving`.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,8 +40,10 @@ from analysis.style import (
     row_in,
     wrapped,
 )
+from sim import store
 from sim.estimate import TooBig
-from sim.results import Result, half_width, summarise
+from sim.results import Result
+from sim.statistics import half_width
 
 PARTS = {
     "attention_s": "attention",
@@ -348,19 +348,6 @@ ALL = FIGURES | placement.FIGURES | serving.FIGURES
 """Also those of `analysis.placement` and `analysis.serving`, which need runs of their kind."""
 
 
-def read(folder: str | os.PathLike[str]) -> Result:
-    """Return the result that ``python -m sim.run`` stored in ``folder``. Raises FileNotFoundError if it is no run's
-    folder, and ScenarioError if its scenario no longer reads."""
-    import pyarrow.parquet as pq
-
-    folder = Path(folder)
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    scenario = sim.load(folder / "scenario.yaml")
-    tables: dict[str, dict[str, list[Any]]] = {name: {} for name in ("steps", "layers", "devices", "experts")}
-    tables |= {path.stem: pq.read_table(path).to_pydict() for path in sorted(folder.glob("*.parquet"))}
-    return Result(scenario, tables, summarise(tables, scenario), manifest["events"])
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw one figure of a stored run, or of a scenario that is run for it, and save it."""
     parser = argparse.ArgumentParser(prog="python -m analysis.figures", description=main.__doc__)
@@ -373,7 +360,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if stored and args.overrides:
         parser.error("--set changes a scenario that is yet to run, not a stored run")
     try:
-        result = read(args.source) if stored else sim.run(args.source, overrides=args.overrides, jobs=None)
+        result = store.read(args.source) if stored else sim.run(args.source, overrides=args.overrides, jobs=None)
         ALL[args.figure](result).savefig(args.out, dpi=200)
     except (OSError, ValueError, sim.ScenarioError, TooBig) as error:
         print(f"{args.source}: {error}", file=sys.stderr)

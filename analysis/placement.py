@@ -41,8 +41,9 @@ from analysis.style import (
     wrapped,
 )
 from sim.replicas.static import Static
-from sim.results import Result, half_width
+from sim.results import Result
 from sim.settings import Policy
+from sim.statistics import half_width
 from sim.tokens import F64
 
 HOLLOW: Any = {"marker": "o", "fillstyle": "none", "markersize": 5}

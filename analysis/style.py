@@ -133,12 +133,12 @@ def legend_shape(names: Sequence[str], width_in: float) -> tuple[int, float]:
     return columns, 0.1 + 0.17 * lines * -(-len(names) // columns)
 
 
-def legend_below(figure: Figure, handles: Sequence[Any], names: Sequence[str]) -> None:
-    """Name ``handles`` under the panels. Leave `legend_shape`'s height for it."""
+def legend_below(figure: Figure, handles: Sequence[Any], names: Sequence[str], loc: str = "lower") -> None:
+    """Name ``handles`` under the panels, or above them (``loc="upper"``). Leave `legend_shape`'s height for it."""
     figure.legend(
         handles,
         [wrapped(name, LEGEND_CHARACTERS) for name in names],
-        loc="outside lower center",
+        loc=f"outside {loc} center",
         ncols=legend_shape(names, figure.get_figwidth())[0],
         frameon=False,
         fontsize=8,

@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from sim.results import Result
     from sim.scenario import Scenario
     from sim.study import run
+    from sim.sweep import sweep
     from sim.yamlfile import ScenarioError
 
 __version__ = "0.1.0"
-__all__ = ["Result", "Scenario", "ScenarioError", "load", "run"]
+__all__ = ["Result", "Scenario", "ScenarioError", "load", "run", "sweep"]
 
 # Loaded on first use, so that `python -m sim.run --help` needs argparse only.
 _HOME = {
@@ -30,8 +31,8 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "run":
-        return importlib.import_module("sim.run")
+    if name in ("run", "sweep"):
+        return importlib.import_module(f"sim.{name}")
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
     raise AttributeError(f"module 'sim' has no attribute {name!r}")

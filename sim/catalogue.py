@@ -8,6 +8,7 @@ from typing import Any
 
 from sim.cluster import Topology
 from sim.cost import CommunicationCost, ComputeCost
+from sim.designs import Design
 from sim.gating.balance import Balance
 from sim.gating.capacity import Capacity
 from sim.gating.score import Score
@@ -32,6 +33,7 @@ FAMILIES: dict[str, type[Plugin]] = {
     "cluster.topology": Topology,
     "cost.compute": ComputeCost,
     "cost.communication": CommunicationCost,
+    "sweep.design": Design,
 }
 
 

@@ -17,10 +17,12 @@ class Unit(Block):
     ep_size / tp_size ranks. All ranks of a unit run their iterations in step, since every MoE layer joins them."""
 
     name: str = Field(min_length=1, max_length=40)
+    """Names its rows in tables."""
     role: Literal["mixed", "prefill", "decode"] = "mixed"
     """``mixed`` units do both (colocated); ``prefill`` units hand a request's cache over to a ``decode`` unit. With decode
     units alone, prompts come with their cache, all but the last token."""
     count: int = Field(default=1, gt=0, le=10_000)
+    """Groups of this kind."""
     parallel: Parallel = Parallel()
     mode: Literal["normal", "low_latency"] | None = None
     """DeepEP's kernels; None: low_latency for decode units, cost.mode for others."""
@@ -37,6 +39,7 @@ class Unit(Block):
     kv_cache_tokens: int | None = Field(default=None, gt=0)
     """Tokens of cache on one data-parallel rank; None: what memory leaves."""
     kv_cache_bytes_per_element: float = Field(default=2.0, gt=0)
+    """2 is bf16, 1 is fp8."""
     block_size: int = Field(default=16, gt=0)
     """Tokens of a cache block."""
     long_prefill_token_threshold: int | None = Field(default=None, gt=0)
@@ -71,22 +74,29 @@ class Slo(Block):
     """A request counts towards goodput if it meets all that is set."""
 
     ttft_s: Span | None = None
+    """Longest time to first token."""
     tpot_s: Span | None = None
+    """Longest mean time per output token."""
     e2e_s: Span | None = None
+    """Longest time from arrival to the last token."""
 
 
 class Fault(Block):
     """Something that goes wrong in one group of a unit."""
 
     at_s: Span
+    """When it begins."""
     until_s: Span | None = None
     """When it ends; None: never. A dead rank then loads its experts at load_bytes_per_s before it serves; the others go on
     without it."""
     unit: str
+    """Which unit, by name."""
     index: int = Field(default=0, ge=0)
     """Which of the unit's groups."""
     rank: int = Field(ge=0)
+    """Which rank of the group."""
     kind: Literal["slow_device", "slow_link", "dead_rank"]
+    """A device that computes slowly, a rank whose network ports are slow, or a rank that is gone."""
     factor: float = Field(default=2.0, ge=1, le=1e3)
     """How many times slower: the rank's compute, or the bytes that its network ports move per second."""
     recovery_s: Span = 25.0
@@ -108,6 +118,7 @@ class Serving(Block):
     units: Annotated[tuple[Unit, ...], Field(min_length=1, max_length=16)]
     slo: Slo = Slo()
     faults: tuple[Fault, ...] = ()
+    """What goes wrong, and when."""
     sampled_layers: int = Field(default=8, gt=0, le=1024)
     """MoE layers whose routing is simulated, evenly spread; the others are taken to behave like them on average."""
     pool_tokens: int = Field(default=8192, gt=0, le=2**24)

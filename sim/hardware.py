@@ -28,8 +28,11 @@ class PeakFlops(_Spec):
     """Dense (not 2:4 sparse) tensor peak per number format; None where the device has no such units."""
 
     bf16: FlopsPerSecond
+    """With fp32 accumulation."""
     fp8: FlopsPerSecond | None = None
+    """Null: no such units."""
     fp4: FlopsPerSecond | None = None
+    """Null: no such units."""
 
 
 class GroupedGemm(_Spec):
@@ -75,6 +78,7 @@ class DenseGemm(_Spec):
     bandwidth_bytes_per_s: BytesPerSecond
     quantise_bytes_per_s: BytesPerSecond | None = None
     norm: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
+    """q: 1 is the sum of compute and memory, larger means better overlap."""
     source: str
 
 
@@ -94,6 +98,7 @@ class AttentionKernel(_Spec):
     bandwidth_bytes_per_s: BytesPerSecond
     padding_tokens: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     norm: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
+    """q, as in DenseGemm: 1 is the sum of compute and memory, larger means better overlap."""
     source: str
 
 
@@ -101,7 +106,9 @@ class TrainingAttention(_Spec):
     """Fractions of the data-sheet peak that training attention kernels reach, forward and backward."""
 
     forward: Fraction
+    """Of the forward pass."""
     backward: Fraction
+    """Of the backward pass."""
     source: str
 
 
@@ -109,7 +116,9 @@ class Elementwise(_Spec):
     """Measured constants of memory-bound kernels: launch overhead of each, and the bandwidth they reach."""
 
     overhead_s: Seconds
+    """Launch of one kernel."""
     bandwidth_bytes_per_s: BytesPerSecond
+    """At which it reads and writes."""
     source: str
 
 
@@ -146,6 +155,7 @@ class Device(_Spec):
     """
 
     name: str
+    """As on the data sheet."""
     peak_flops_per_s: PeakFlops
     memory_bytes: Bytes
     memory_bandwidth_bytes_per_s: BytesPerSecond
@@ -153,6 +163,7 @@ class Device(_Spec):
     power_w: Annotated[float, Field(gt=0)]
     price_per_hour: Annotated[float, Field(ge=0)] | None = None
     price_source: str = ""
+    """Where the price comes from; required with one."""
     kernels: Kernels = Kernels()
     source: str
 
@@ -187,6 +198,7 @@ class LinkSpec(_Spec):
     """
 
     kind: Literal["nvlink", "xgmi", "pcie", "ub", "ici", "infiniband", "roce"]
+    """What it is; `SUSTAINED` knows what some kinds reach."""
     bandwidth_bytes_per_s: BytesPerSecond
     achievable_bytes_per_s: BytesPerSecond | None = None
     latency_s: Seconds
@@ -213,7 +225,9 @@ class NicSpec(LinkSpec):
     """A network card; ``cross_leaf_latency_s`` is device to device through leaf, spine and leaf."""
 
     kind: Literal["infiniband", "roce", "ub"]
+    """What it is."""
     cross_leaf_latency_s: Seconds
+    """Device to device through leaf, spine and leaf."""
 
     @model_validator(mode="after")
     def _spine_is_farther(self) -> Self:

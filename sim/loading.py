@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sim import yamlfile
+from sim import keys, yamlfile
 from sim.checks import Rule, problems
 from sim.model import Model
 from sim.scenario import Scenario
@@ -33,17 +33,30 @@ def load(
 ) -> Scenario:
     """Read a scenario file (or take plain data), apply ``key=value`` overrides, and check everything.
 
-    Raises `sim.yamlfile.ScenarioError` with every problem found: those of single fields first, and when there are none
-    those between fields.
+    Keys may stand for several (see `sim.keys`). Raises `sim.yamlfile.ScenarioError` with every problem found: those of
+    single fields first, and when there are none those between fields.
     """
+    return check(opened(source, overrides, allow_outside=allow_outside), allow_outside=allow_outside)
+
+
+def opened(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    allow_outside: bool = False,
+) -> Document:
+    """Read a scenario file (or take plain data) and apply ``key=value`` overrides, nothing checked yet."""
     if isinstance(source, Mapping):
         document = yamlfile.document(dict(source), references=REFERENCES, convert=from_hf)
     else:
         document = yamlfile.read(source, references=REFERENCES, convert=from_hf, allow_outside=allow_outside)
-    if overrides:
-        document = yamlfile.apply_overrides(document, list(overrides))
-    for keys in (("traffic",), ("serving", "requests")):
-        document = _trace_path(document, keys, allow_outside)
+    return yamlfile.apply_overrides(document, list(overrides), keys.put) if overrides else document
+
+
+def check(document: Document, *, allow_outside: bool = False) -> Scenario:
+    """Make a scenario of a document. Raises `sim.yamlfile.ScenarioError` with every problem; see `load`."""
+    for path in (("traffic",), ("serving", "requests")):
+        document = _trace_path(document, path, allow_outside)
     scenario = yamlfile.validate(Scenario, document)
     found = _located(document, problems(scenario))
     if found:

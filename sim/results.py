@@ -3,58 +3,63 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from sim.scenario import Scenario
+from sim.statistics import half_width
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from sim.engine.recording import Recorded
 
 Table = dict[str, list[Any]]
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure of the summary: its name, how people read it, and whether less of it is better."""
+    """A figure of the summary: its name, how people read it, and which direction is better, if any."""
 
     name: str
     label: str
     digits: int
     scale: float = 1.0
+    better: Literal["lower", "higher", "none"] = "lower"
 
 
 METRICS = (
     Metric("max_vio_batch", "MaxVio batch", 3),
-    Metric("max_vio_batch_floor", "(floor)", 3),
+    Metric("max_vio_batch_floor", "(floor)", 3, better="none"),
     Metric("max_vio_global", "MaxVio global", 3),
-    Metric("max_vio_global_floor", "(floor)", 3),
+    Metric("max_vio_global_floor", "(floor)", 3, better="none"),
     Metric("device_max_over_mean", "device max/mean", 3),
-    Metric("balancedness_sum", "balancedness (vLLM)", 3),
-    Metric("balancedness_mean", "balancedness (SGLang)", 3),
+    Metric("balancedness_sum", "balancedness (vLLM)", 3, better="higher"),
+    Metric("balancedness_mean", "balancedness (SGLang)", 3, better="higher"),
     Metric("nodes_per_token", "nodes /token", 3),
     Metric("devices_per_token", "devices /token", 3),
     Metric("inter_node_bytes", "inter-node GB", 4, 1e-9),
-    Metric("kept_affinity", "kept affinity", 4),
-    Metric("least_share", "least-updated expert", 3),
+    Metric("kept_affinity", "kept affinity", 4, better="higher"),
+    Metric("least_share", "least-updated expert", 3, better="higher"),
     Metric("max_vio_sequence", "MaxVio sequence", 3),
-    Metric("max_vio_sequence_floor", "(floor)", 3),
+    Metric("max_vio_sequence_floor", "(floor)", 3, better="none"),
     Metric("max_vio_micro_batch", "MaxVio micro-batch", 3),
-    Metric("max_vio_micro_batch_floor", "(floor)", 3),
+    Metric("max_vio_micro_batch_floor", "(floor)", 3, better="none"),
     Metric("max_vio_ep_group", "MaxVio EP group", 3),
-    Metric("topic_max_vio", "MaxVio within topic", 3),
-    Metric("specialisation_bits", "topic-expert bits", 3),
-    Metric("kept_against_oracle", "kept against oracle", 4),
+    Metric("topic_max_vio", "MaxVio within topic", 3, better="none"),
+    Metric("specialisation_bits", "topic-expert bits", 3, better="none"),
+    Metric("kept_against_oracle", "kept against oracle", 4, better="higher"),
     Metric("starved_1pct", "dead experts %", 1, 100.0),
     Metric("starved_10pct", "starved experts %", 1, 100.0),
     Metric("update_cv", "update CV", 3),
-    Metric("experts_per_token", "experts /token", 3),
+    Metric("experts_per_token", "experts /token", 3, better="none"),
     Metric("dropped_share", "dropped %", 3, 100.0),
     Metric("max_vio_asked", "MaxVio before drops", 3),
     Metric("dropped_worst_topic", "dropped, worst topic %", 3, 100.0),
-    Metric("offset_rms", "learned offset", 3),
+    Metric("offset_rms", "learned offset", 3, better="none"),
     Metric("max_vio_late", "MaxVio last quarter", 3),
     Metric("settling_step", "settled at step", 0),
     Metric("ripple", "ripple of MaxVio", 3),
@@ -70,16 +75,18 @@ METRICS = (
     Metric("forward_s", "forward ms", 5, 1e3),
     Metric("backward_s", "backward ms", 5, 1e3),
     Metric("weight_gradients_s", "weight gradients ms", 5, 1e3),
-    Metric("overlapped_s", "forward and backward ms", 5, 1e3),
+    Metric("overlapped_s", "forward and backward ms", 5, 1e3, better="none"),
     Metric("bubble_s", "bubble ms", 5, 1e3),
     Metric("optimizer_s", "optimizer ms", 5, 1e3),
-    Metric("tokens_per_s_per_gpu", "tokens /s/GPU", 5),
-    Metric("tokens_per_day", "tokens /day 1e9", 5, 1e-9),
-    Metric("model_flops_per_s_per_gpu", "model TFLOP/s", 4, 1e-12),
-    Metric("mfu", "MFU %", 2, 100.0),
+    Metric("tokens_per_s_per_gpu", "tokens /s/GPU", 5, better="higher"),
+    Metric("tokens_per_day", "tokens /day 1e9", 5, 1e-9, better="higher"),
+    Metric("model_flops_per_s_per_gpu", "model TFLOP/s", 4, 1e-12, better="higher"),
+    Metric("mfu", "MFU %", 2, 100.0, better="higher"),
     Metric("gpu_hours_per_trillion", "GPU hours /1e12 tokens", 6),
     Metric("usd_per_trillion", "USD /1e12 tokens", 6),
     Metric("energy_j_per_trillion", "MWh /1e12 tokens", 4, 1 / 3.6e9),
+    Metric("usd_per_million_tokens", "USD /1e6 tokens", 4),
+    Metric("memory_bytes", "memory GB", 4, 1e-9),
 )
 
 SERVICE_METRICS = (
@@ -94,27 +101,29 @@ SERVICE_METRICS = (
         )
         for key in ("mean", "p50", "p90", "p99")
     ),
-    Metric("user_tokens_per_s", "tokens/s per user", 4),
-    Metric("goodput_share", "within SLO %", 2, 100.0),
-    Metric("goodput_per_s", "goodput requests/s", 4),
-    Metric("requests", "requests", 0),
+    Metric("user_tokens_per_s", "tokens/s per user", 4, better="higher"),
+    Metric("goodput_share", "within SLO %", 2, 100.0, better="higher"),
+    Metric("goodput_per_s", "goodput requests/s", 4, better="higher"),
+    Metric("requests", "requests", 0, better="none"),
     Metric("refused", "refused", 0),
     Metric("preemptions", "pre-empted", 0),
     Metric("retries", "retried", 0),
     Metric("queue_mean", "mean queue", 4),
-    Metric("running_mean", "mean running", 5),
+    Metric("running_mean", "mean running", 5, better="none"),
     Metric("handover_mean", "mean in handover", 4),
-    Metric("iterations", "iterations", 0),
-    Metric("utilisation", "busy %", 1, 100.0),
-    Metric("input_tokens_per_s_per_gpu", "input tokens /s/GPU", 5),
-    Metric("prompt_tokens_per_s_per_gpu", "of these computed", 5),
-    Metric("cached_tokens_per_s_per_gpu", "of these cached", 5),
-    Metric("output_tokens_per_s_per_gpu", "output tokens /s/GPU", 5),
+    Metric("iterations", "iterations", 0, better="none"),
+    Metric("utilisation", "busy %", 1, 100.0, better="none"),
+    Metric("input_tokens_per_s_per_gpu", "input tokens /s/GPU", 5, better="higher"),
+    Metric("prompt_tokens_per_s_per_gpu", "of these computed", 5, better="none"),
+    Metric("cached_tokens_per_s_per_gpu", "of these cached", 5, better="higher"),
+    Metric("output_tokens_per_s_per_gpu", "output tokens /s/GPU", 5, better="higher"),
     Metric("usd_per_million_input", "USD /1e6 input", 4),
     Metric("usd_per_million_output", "USD /1e6 output", 4),
-    Metric("decoding_per_rank", "decodes per rank", 4),
-    Metric("kv_mean", "KV mean %", 1, 100.0),
-    Metric("kv_max", "KV most %", 1, 100.0),
+    Metric("usd_per_million_tokens", "USD /1e6 tokens", 4),
+    Metric("memory_bytes", "memory GB", 4, 1e-9),
+    Metric("decoding_per_rank", "decodes per rank", 4, better="none"),
+    Metric("kv_mean", "KV mean %", 1, 100.0, better="none"),
+    Metric("kv_max", "KV most %", 1, 100.0, better="none"),
     Metric("imbalance_mean", "imbalance max/mean", 3),
     Metric("imbalance_p99", "imbalance p99", 3),
     Metric("iteration_s", "iteration ms", 4, 1e3),
@@ -130,13 +139,15 @@ SERVICE_METRICS = (
 class Result:
     """A finished run. ``tables`` and ``summary_rows`` are plain columns; the properties give pandas frames.
 
-    n_events: events that the discrete-event engine processed.
+    n_events: events that the discrete-event engine processed. recorded: what `sim.timeline` draws, one entry per policy;
+    empty unless the run was asked for it, and in stored runs.
     """
 
     scenario: Scenario
     tables: dict[str, Table]
     summary_rows: Table
     n_events: int
+    recorded: tuple[Recorded, ...] = ()
 
     def _frame(self, table: Table) -> pd.DataFrame:
         import pandas as pd
@@ -208,6 +219,13 @@ class Result:
         policy with its half-width (NaN with one replica)."""
         return self._frame(self.summary_rows)
 
+    def steady(self, metric: str, policy: str | None = None) -> pd.DataFrame:
+        """One row per policy (or of one): the mean of ``metric`` over the first replica's own time, with a 95 % interval by
+        batch means once the warm-up is cut off, or why there is none (see `sim.steady.steady`)."""
+        from sim.steady import steady
+
+        return self._frame(steady(self.tables, self.scenario, metric, policy))
+
 
 def metrics_of(scenario: Scenario) -> tuple[Metric, ...]:
     """The figures that a run of ``scenario`` is summarised by."""
@@ -231,20 +249,8 @@ def _mean(table: Table, rows: list[int], name: str) -> float:
 _IN_STEPS = {"max_vio_batch": "max_vio", "max_vio_batch_floor": "max_vio_floor"}
 
 
-def half_width(values: Any) -> float:
-    """Return the half-width of the 95 % t-interval of the mean of ``values`` [n]; NaN for fewer than two."""
-    n = len(values)
-    if n < 2 or np.isnan(values).any():
-        return math.nan
-    if np.ptp(values) == 0:
-        return 0.0
-    from scipy.special import stdtrit
-
-    return float(stdtrit(n - 1, 0.975) * values.std(ddof=1) / math.sqrt(n))
-
-
-def summarise(tables: dict[str, Table], scenario: Scenario) -> Table:
-    """Return the summary columns: policy, metric, mean, half_width, difference, difference_half_width, replicas.
+def per_replica(tables: dict[str, Table], scenario: Scenario) -> Table:
+    """Return one row per policy and replica: ``policy``, ``replica`` and every figure of `metrics_of`, NaN where there is none.
 
     What holds over a run (the totals table) is averaged over layers, everything else over steps; a run that serves
     requests has one row of its service table for each policy and replica.
@@ -252,35 +258,52 @@ def summarise(tables: dict[str, Table], scenario: Scenario) -> Table:
     serves = scenario.serving is not None
     steps, totals = tables["service" if serves else "steps"], tables.get("totals", {})
     in_steps, in_totals = _rows_of(steps), _rows_of(totals)
-    metrics = metrics_of(scenario)
+    out: Table = {name: [] for name in ("policy", "replica", *(metric.name for metric in metrics_of(scenario)))}
+    for policy in scenario.policies:
+        for replica in range(scenario.replicas):
+            key = (policy.name, replica)
+            out["policy"].append(policy.name)
+            out["replica"].append(replica)
+            for metric in metrics_of(scenario):
+                name = metric.name
+                if name in totals:
+                    value = _mean(totals, in_totals.get(key, []), name)
+                else:
+                    value = _mean(steps, in_steps.get(key, []), _IN_STEPS.get(name, name))
+                out[name].append(value)
+    return out
 
-    def mean_of(policy: str, replica: int, name: str) -> float:
-        key = (policy, replica)
-        if name in totals:
-            return _mean(totals, in_totals.get(key, []), name)
-        return _mean(steps, in_steps.get(key, []), _IN_STEPS.get(name, name))
 
-    runs = [
-        [{m.name: mean_of(policy.name, replica, m.name) for m in metrics} for replica in range(scenario.replicas)]
-        for policy in scenario.policies
-    ]
+def compared(rows: Table, metrics: Sequence[Metric]) -> Table:
+    """Return the summary columns of `per_replica` rows: policy, metric, mean, half_width, difference, difference_half_width,
+    replicas. Policies come in the order of ``rows`` and are compared with the first, replica by replica."""
+    policies = list(dict.fromkeys(rows["policy"]))
+    found = _rows_of(rows)
+    replicas = len(rows["policy"]) // len(policies)
+    at = [[found[policy, replica][0] for replica in range(replicas)] for policy in policies]
     out: Table = {
         name: []
         for name in ("policy", "metric", "mean", "half_width", "difference", "difference_half_width", "replicas")
     }
-    for index, policy in enumerate(scenario.policies):
+    for index, policy in enumerate(policies):
         for metric in metrics:
-            mine = np.array([row[metric.name] for row in runs[index]])
-            first = np.array([row[metric.name] for row in runs[0]])
+            values = rows[metric.name]
+            mine = np.array([values[row] for row in at[index]])
+            first = np.array([values[row] for row in at[0]])
             row = (
-                policy.name,
+                policy,
                 metric.name,
                 float(mine.mean()),
                 half_width(mine),
                 float((mine - first).mean()),
                 half_width(mine - first),
-                scenario.replicas,
+                replicas,
             )
             for column, value in zip(out.values(), row, strict=True):
                 column.append(value)
     return out
+
+
+def summarise(tables: dict[str, Table], scenario: Scenario) -> Table:
+    """Return what `compared` says about the run's own `per_replica` rows."""
+    return compared(per_replica(tables, scenario), metrics_of(scenario))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import types
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--replicas", type=int, help="same as --set replicas=N")
     p.add_argument("--jobs", type=int, help="processes (default: all cores where that pays)")
     p.add_argument("--out", default="results", help="folder for results (default: %(default)s); - writes none")
+    p.add_argument("--report", action="store_true", help="also write report.html, one page to read and to pass on")
+    p.add_argument("--timeline", action="store_true", help="also write timeline.json.gz, the last step or the service for ui.perfetto.dev")  # fmt: skip
     p.add_argument(
         "--dry-run", action="store_true", help="check, print the estimate and the resolved scenario, and stop"
     )
@@ -36,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_intermixed_args(argv)
+    args.command = shlex.join(["python", "-m", "sim.run", *(sys.argv[1:] if argv is None else argv)])
     interrupted = "interrupted; nothing of the run in progress was written"
     return guarded("python -m sim.run", lambda: _main(args), interrupted, bad=(OSError,))
 
@@ -55,6 +59,9 @@ def _main(args: argparse.Namespace) -> int:
         return 0
     if not args.files:
         print("python -m sim.run: no scenario given; try: python -m sim.run scenarios/tiny.yaml", file=sys.stderr)
+        return 2
+    if args.out == "-" and (args.report or args.timeline):
+        print("--report and --timeline write into the folder of results, and --out - writes none", file=sys.stderr)
         return 2
     if args.jobs is not None and args.jobs < 1:
         print(f"--jobs must be at least 1 [got {args.jobs}]", file=sys.stderr)
@@ -116,14 +123,35 @@ def _run(scenario: Any, args: argparse.Namespace, expected: Any) -> None:
     show = not args.quiet and sys.stderr.isatty()
     if show:
         print(f"{scenario.name}: {expected}", file=sys.stderr)
-    result = simulate(scenario, args.jobs, expected, progress=show)
+    result = simulate(scenario, args.jobs, expected, progress=show, record=args.timeline)
     try:
         if args.out != "-":
-            folder = write(result, args.out, time.monotonic() - started)
+            extras = _extras(result, args)
+            folder = write(result, args.out, time.monotonic() - started, extras)
             if not args.quiet:
                 print(f"results: {folder} ({time.monotonic() - started:.1f} s)", file=sys.stderr)
+                for name in extras:
+                    print(f"{name.partition('.')[0]}: {folder / name}", file=sys.stderr)
     finally:  # a full disk does not cost the figures, a closed pipe does not cost the folder
         print(terminal(result))
+
+
+def _extras(result: Any, args: argparse.Namespace) -> dict[str, bytes]:
+    """The files that were asked for beside the tables, by name."""
+    found = {}
+    if args.report:
+        from sim.report.html import page
+
+        found["report.html"] = page(result, args.command).encode()
+    if args.timeline and result.recorded:
+        from sim.timeline import chrome_trace, left_out
+
+        found["timeline.json.gz"] = chrome_trace(result)
+        if not args.quiet and (omitted := left_out(result)):
+            print(omitted, file=sys.stderr)
+    elif args.timeline:
+        print(f"{result.scenario.name}: no timeline: no step is timed (steps.timed: none)", file=sys.stderr)
+    return found
 
 
 class _Callable(types.ModuleType):

@@ -16,6 +16,7 @@ from sim import settings
 from sim.cluster import Cluster
 from sim.cost.memory import serving_memory_bytes, training_memory_bytes
 from sim.deployment import Serving
+from sim.designs.block import SweepBlock
 from sim.gating.balance import Balance
 from sim.hardware import BYTES_PER_ELEMENT
 from sim.model import Model
@@ -38,9 +39,13 @@ class Scenario(settings.Block):
     """Everything a run needs; two equal scenarios give the same bytes."""
 
     name: str = Field(min_length=1, max_length=60, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    """Names the folder of the results."""
     description: str = ""
+    """The question, for people; reports print it."""
     seed: int = Field(default=0, ge=0, lt=2**63)
+    """Of all random streams: same scenario and seed, same bytes."""
     replicas: int = Field(default=1, gt=0, le=10_000)
+    """Independent repetitions, each with traffic of its own that all policies share; two or more give intervals."""
     model: Model
     cluster: Cluster
     parallel: Parallel = Parallel()
@@ -51,9 +56,13 @@ class Scenario(settings.Block):
     schedule: Schedule = Schedule()
     cost: Cost = Cost()
     stragglers: tuple[Straggler, ...] = ()
+    """Devices that compute slowly, of a run of steps."""
     serving: Serving | None = None
     """Requests to serve and the units that do; None: the run is one of ``steps``."""
     policies: Annotated[tuple[Policy, ...], Field(min_length=1, max_length=100)]
+    """The competitors; differences are against the first."""
+    sweep: SweepBlock | None = Field(default=None, exclude=True)
+    """What `sim.sweep` varies; no part of a run, nor of what is stored of one."""
 
     def model_of(self, policy: Policy) -> Model:
         """The model that ``policy`` gates, with the policy's own number of experts per token if it has one."""

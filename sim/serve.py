@@ -6,14 +6,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from sim.deployment import Unit
-from sim.engine.serving import Sizes, World
+from sim.engine.recording import RecordedService
+from sim.engine.serving import Finished, Sizes, World
 from sim.engine.serving.experts import Experts
+from sim.engine.serving.recorded import recorded_service
 from sim.engine.serving.tables import Tables
 from sim.estimate import Estimate
 from sim.results import Result, Table, summarise
 from sim.scenario import Scenario
 from sim.settings import Policy
-from sim.unitmemory import kv_cache_tokens
+from sim.unitmemory import kv_cache_tokens, unit_memory
 from sim.workers import Workers, processes, watched
 
 
@@ -22,6 +24,7 @@ class _Job:
     scenario: Scenario
     policy: int
     replica: int
+    record: bool
 
 
 def sizes_of(scenario: Scenario, policy: Policy, unit: Unit) -> Sizes:
@@ -43,34 +46,61 @@ def sizes_of(scenario: Scenario, policy: Policy, unit: Unit) -> Sizes:
     )
 
 
-def _run(job: _Job) -> tuple[dict[str, Table], int]:
-    return serve_one(job.scenario, job.scenario.policies[job.policy], job.replica)
+def _run(job: _Job) -> tuple[dict[str, Table], int, RecordedService | None]:
+    policy = job.scenario.policies[job.policy]
+    tables, finished = _served(job.scenario, policy, job.replica, job.record)
+    recorded = recorded_service(policy.name, job.replica, finished) if job.record else None
+    return tables, finished.n_events, recorded
 
 
 def serve_one(scenario: Scenario, policy: Policy, replica: int) -> tuple[dict[str, Table], int]:
     """Serve one replica's requests under one policy; return its tables and the number of events."""
+    tables, finished = _served(scenario, policy, replica, record=False)
+    return tables, finished.n_events
+
+
+def _served(scenario: Scenario, policy: Policy, replica: int, record: bool) -> tuple[dict[str, Table], Finished]:
     serving, traffic = scenario.serving, scenario.traffic
     assert serving is not None
     sizes = tuple(sizes_of(scenario, policy, unit) for unit in serving.units)
     requests = serving.requests.draw(serving.duration_s, traffic.topic_weights, scenario.seed, replica)
     topics = traffic.topics
-    world = World(serving, sizes, requests, Experts(scenario, policy, replica), len(topics), scenario.seed, replica)
+    experts = Experts(scenario, policy, replica)
+    world = World(serving, sizes, requests, experts, len(topics), scenario.seed, replica, record)
     finished = world.run()
     head: dict[str, Any] = {"policy": policy.name, "replica": replica}
     price = scenario.cluster.device.price_per_hour
-    return Tables(finished, serving, topics, price, head).all(), finished.n_events
+    tables = Tables(finished, serving, topics, price, head).all()
+    tables["service"]["memory_bytes"] = [_memory_bytes(scenario, policy, tables["units"])]
+    return tables, finished
 
 
-def simulate(scenario: Scenario, jobs: int | None, expected: Estimate, progress: bool = False) -> Result:
-    """Serve the requests of a checked scenario; see `sim.study.run`."""
-    todo = [_Job(scenario, index, r) for index in range(len(scenario.policies)) for r in range(scenario.replicas)]
+def _memory_bytes(scenario: Scenario, policy: Policy, units: Table) -> float:
+    """Bytes on a device of the unit that holds most: weights, buffers, and the cache of its rank that was ever fullest."""
+    assert scenario.serving is not None
+    return max(
+        unit_memory(scenario, policy, unit, tokens * share)["total"]
+        for unit, tokens, share in zip(scenario.serving.units, units["kv_cache_tokens"], units["kv_max"], strict=True)
+    )
+
+
+def simulate(
+    scenario: Scenario, jobs: int | None, expected: Estimate, progress: bool = False, record: bool = False
+) -> Result:
+    """Serve the requests of a checked scenario; see `sim.study.simulate`."""
+    todo = [
+        _Job(scenario, index, replica, record and replica == 0)
+        for index in range(len(scenario.policies))
+        for replica in range(scenario.replicas)
+    ]
     with Workers(processes(jobs, len(todo), expected)) as workers:
         done = list(watched(workers.map(_run, todo), len(todo), "serving", progress))
     tables: dict[str, Table] = {}
-    for found, _ in done:
+    for found, _, _ in done:
         for name, table in found.items():
             for column, values in table.items():
                 tables.setdefault(name, {}).setdefault(column, []).extend(values)
     for name in done[0][0]:
         tables.setdefault(name, {})
-    return Result(scenario, tables, summarise(tables, scenario), sum(events for _, events in done))
+    recorded = tuple(kept for _, _, kept in done if kept is not None)
+    return Result(scenario, tables, summarise(tables, scenario), sum(events for _, events, _ in done), recorded)

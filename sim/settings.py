@@ -60,15 +60,20 @@ class Warmup(Block):
     """Before step 0, settle the balancing rules on smaller batches, their rate falling from ``gain`` times to once."""
 
     steps: int = Field(default=0, ge=0, le=100_000)
+    """Warm-up batches; 0: rules start from nothing at step 0."""
     ranks: int = Field(default=8, gt=0)
+    """Ranks of a warm-up batch."""
     tokens_per_rank: int = Field(default=512, gt=0)
+    """Tokens of each of them."""
     gain: float = Field(default=20.0, ge=1, le=1e6)
+    """What the update rate is multiplied by at first; it falls geometrically to 1."""
 
 
 class Steps(Block):
     """Optimisation steps: each routes a fresh batch through every layer, then the balancing rules learn from it."""
 
     count: int = Field(default=1, gt=0, le=1_000_000)
+    """Steps to simulate."""
     timed: Literal["last", "all", "none"] = "last"
     """Steps whose time is simulated."""
     warmup: Warmup = Warmup()
@@ -89,6 +94,7 @@ class Schedule(Block):
     """What happens within a step, and in which order."""
 
     phase: Literal["training", "forward"] = "training"
+    """``training``: forward, backward and weight gradients; ``forward``: inference of one batch."""
     pipeline: Annotated[Pipeline, Choice(Pipeline)] = NoPipeline()
     """How micro-batches pass ``parallel.pp_size`` stages. With one, a step ends with the optimiser, the output head is
     timed, and ``overlap`` is the schedule's own."""
@@ -116,8 +122,11 @@ class Cost(Block):
     mode: Literal["normal", "low_latency"] = "normal"
     """DeepEP's kernels: one copy per node, then NVLink; or one copy per expert, directly."""
     dispatch_dtype: Literal["fp8", "bf16"] = "fp8"
+    """Format of hidden states on the way to experts (fp8 with a scale per 128 elements)."""
     combine_dtype: Literal["fp8", "bf16"] = "bf16"
+    """Format of results on the way back."""
     gemm_dtype: Literal["fp8", "bf16"] = "fp8"
+    """Format of the matrix products."""
 
 
 class Straggler(Block):
@@ -136,10 +145,13 @@ class Rebalance(Block):
     serves requests; without an interval the first plan stays."""
 
     interval_steps: int | None = Field(default=None, gt=0)
+    """Steps between two plans."""
     interval_s: Annotated[float, Field(ge=1e-3, le=9e6)] | None = None
+    """Seconds between two plans."""
     window_steps: int | None = Field(default=None, gt=0, le=10_000)
     """Steps that a plan looks back on; None: one interval."""
     window_s: Annotated[float, Field(ge=1e-3, le=9e6)] | None = None
+    """Seconds that a plan looks back on; None: one interval."""
     history_steps: int = Field(default=1, ge=0, le=1000)
     """Steps of the same traffic before the first one, from which the first plan is made; 0: experts start in order."""
     threshold: float = Field(default=1.0, ge=0, le=1)
@@ -149,8 +161,11 @@ class Rebalance(Block):
     """``last_window``: the next loads are those of the window. ``ema``: older steps of all that was seen count less, by
     ``ema_decay`` per interval. ``periodic``: they are those of the same phase, one period ago, where that was seen."""
     ema_decay: float = Field(default=0.5, ge=0, lt=1)
+    """Weight that an interval's age takes off, with ``forecast: ema``."""
     period_steps: int | None = Field(default=None, gt=0)
+    """Period with ``forecast: periodic``, in steps."""
     period_s: Annotated[float, Field(ge=1e-3, le=9e6)] = 86_400.0
+    """Period with ``forecast: periodic``, in seconds; a day."""
     layers_per_chunk: int = Field(default=1, gt=0)
     """Layers whose experts move together (SGLang ``eplb_rebalance_layers_per_chunk``)."""
     transfer: Literal["stall", "background"] = "stall"
@@ -163,11 +178,14 @@ class Policy(Gating):
     """One competitor: a gate, a placement, and optionally another model, cluster or split for it."""
 
     name: str = Field(min_length=1, max_length=40)
+    """Names its rows in tables and figures."""
     placement: Annotated[Placement, Choice(Placement)] = Linear()
     replicas: Annotated[ReplicaChoice, Choice(ReplicaChoice)] = Static()
     """Which copy of a replicated expert a token goes to."""
     rebalance: Rebalance = Rebalance()
     model: Model | None = None
+    """A model of its own (another architecture to compare with)."""
     cluster: Cluster | None = None
+    """A cluster of its own."""
     parallel: Parallel | None = None
     """In a run that serves requests, of its only unit, whose ``count`` then follows from the devices it had."""

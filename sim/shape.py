@@ -49,53 +49,74 @@ class Shape(BaseModel):
 
     # Fields stand in dependency order: a rule sees the fields above its own (pydantic's info.data).
     name: str = Field(min_length=1, max_length=100)
+    """Shown in reports."""
     source: str = ""
     published: Published | None = None
     num_hidden_layers: Annotated[Layers, Field(ge=1)]
     """All layers, encoder and decoder together."""
     num_encoder_layers: Layers = 0
+    """Of these, the first ones that are an encoder; 0: a decoder alone."""
     hidden_size: Size
+    """h, width of the residual stream."""
     vocab_size: Count
+    """Rows of the output head; 0: no head and no embedding."""
     tie_word_embeddings: bool = False
+    """Whether head and input embedding are one matrix."""
     gated_ffn: bool = True
     """Three matrices per FFN (SwiGLU, GEGLU); false means two (ReLU, GELU)."""
 
     # Mixture of experts
     n_routed_experts: Experts = 0
+    """E, routed experts of an MoE layer; 0: a dense model."""
     num_experts_per_tok: Experts = 0
+    """k, routed experts of a token."""
     moe_intermediate_size: Size | None = None
     """Width of one routed expert."""
     moe_latent_size: Size | None = None
     """Routed experts work on this narrower vector between a down- and an up-projection (Kimi K3)."""
     n_shared_experts: Experts = 0
+    """Experts that every token passes besides."""
     shared_expert_intermediate_size: Size | None = None
     """Width of one shared expert; null means ``moe_intermediate_size``."""
     n_group: Annotated[int, Field(strict=True, ge=1, le=32767)] = 1
     """Expert groups of the model's own gate; 1 (or null) means none."""
     topk_group: Annotated[int, Field(strict=True, ge=1, le=32767)] = 1
+    """Groups that a token may reach."""
     scoring_func: Literal["softmax", "sigmoid", "sqrtsoftplus"] = "softmax"
     """Softmax over the k selected logits (Mixtral, gpt-oss) is softmax with ``norm_topk_prob: true``."""
     norm_topk_prob: bool = False
+    """Whether the gate weights of a token are divided by their sum."""
     routed_scaling_factor: float = Field(default=1.0, gt=0)
+    """Factor on the gate weights."""
 
     # Which layers hold experts: position p in its stack is MoE when p >= first_k_dense_replace,
     # p % moe_layer_freq == moe_layer_offset, and the layer is not in mlp_only_layers.
     first_k_dense_replace: Layers = 0
+    """Layers at the start that are dense."""
     moe_layer_freq: Annotated[Layers, Field(ge=1)] = 1
+    """Every how manyth layer has experts."""
     moe_layer_offset: Layers = 0
+    """Remainder that such a layer's number leaves by moe_layer_freq."""
     mlp_only_layers: tuple[Layers, ...] = ()
+    """Layers that are dense in any case."""
     intermediate_size: Size | None = None
     """Width of the FFN of layers without experts."""
 
     # Attention
     num_attention_heads: Size
+    """Query heads."""
     num_key_value_heads: Size | None = None
     """Null means one per query head (MHA)."""
     q_lora_rank: Size | None = None
+    """MLA: width of the compressed query; null: not compressed."""
     kv_lora_rank: Size | None = None
+    """MLA: width of the latent that stands for keys and values; null: no MLA."""
     qk_rope_head_dim: Count | None = None
+    """MLA: rotary part of a query or key."""
     qk_nope_head_dim: Size | None = None
+    """MLA: the part without rotation, of each head."""
     v_head_dim: Size | None = None
+    """Width of a head's value; null: that of its key."""
     head_dim: Size | None = None
     """Null means hidden_size / num_attention_heads; not used by MLA."""
     attention_k_eq_v: bool = False
@@ -103,13 +124,17 @@ class Shape(BaseModel):
     o_lora_rank: Size | None = None
     """Output projection in two steps, o_groups blocks to this rank each (DeepSeek-V4)."""
     o_groups: Size = 1
+    """Blocks of the output projection with ``o_lora_rank``."""
     sliding_window: Size | None = None
     """Positions a windowed layer sees; layer i is windowed unless (i + 1) % full_attention_interval == 0."""
     full_attention_interval: Size = 1
+    """Every how manyth layer attends to everything where ``sliding_window`` is set."""
     index_topk: Size | None = None
     """Sparse attention: each token attends to this many positions picked by an indexer (DeepSeek-V3.2)."""
     index_n_heads: Size | None = None
+    """Heads of the indexer."""
     index_head_dim: Size | None = None
+    """Width of an indexer's head."""
 
     num_nextn_predict_layers: Layers = 0
     """Multi-token-prediction modules; in `mtp_parameters`, not in the totals."""

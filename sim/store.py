@@ -1,8 +1,8 @@
 """The run folder: written whole or not at all.
 
 ``<out>/<scenario>/<run>/`` holds ``manifest.json``, ``scenario.yaml`` (fully resolved: it runs by itself), the tidy
-tables as parquet and ``summary.csv``. The run's name is a hash of the resolved scenario, so the same scenario lands in
-the same folder with the same bytes.
+tables as parquet and ``summary.csv``, and what else was asked for. The run's name is a hash of the resolved scenario, so
+the same scenario lands in the same folder with the same bytes. `read` gives back the result.
 """
 
 from __future__ import annotations
@@ -15,14 +15,20 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from sim.results import Result, Table
+from sim.results import Result, Table, summarise
 from sim.scenario import Scenario
+
+_MANIFEST, _SCENARIO = "manifest.json", "scenario.yaml"
+# Tables that a result has even where they are empty, and so are no file.
+_STEPS = ("steps", "layers", "totals", "devices", "experts", "topics")
+_SERVING = ("requests", "service", "units", "timeline", "rebalances", "faults")
 
 
 def resolved_data(scenario: Scenario) -> dict[str, Any]:
@@ -42,9 +48,14 @@ def run_id(scenario: Scenario) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def write(result: Result, out: str | os.PathLike[str], wall_s: float | None = None) -> Path:
+def write(
+    result: Result,
+    out: str | os.PathLike[str],
+    wall_s: float | None = None,
+    extras: Mapping[str, bytes] = MappingProxyType({}),
+) -> Path:
     """Write the run's folder and return its path. An older run of the same scenario is replaced when the new one is
-    complete; OSError leaves everything as it was."""
+    complete; OSError leaves everything as it was. extras: more files by name."""
     from sim.yamlfile import dump
 
     folder = Path(out) / result.scenario.name / run_id(result.scenario)
@@ -53,7 +64,9 @@ def write(result: Result, out: str | os.PathLike[str], wall_s: float | None = No
             if table:
                 _write_parquet(work / f"{name}.parquet", table)
         _write_csv(work / "summary.csv", result.summary_rows)
-        (work / "scenario.yaml").write_text(dump(resolved_data(result.scenario)), encoding="utf-8")
+        (work / _SCENARIO).write_text(dump(resolved_data(result.scenario)), encoding="utf-8")
+        for name, content in extras.items():
+            (work / name).write_bytes(content)
         serving = result.scenario.serving
         manifest = {
             "scenario": resolved_data(result.scenario),
@@ -63,12 +76,80 @@ def write(result: Result, out: str | os.PathLike[str], wall_s: float | None = No
             "trace_sha256": result.scenario.traffic.fingerprint() or None,
             "requests_sha256": None if serving is None else serving.requests.fingerprint() or None,
             "events": result.n_events,
-            "versions": _versions(),
+            "versions": versions(),
             "sha256": {path.name: _sha256(path) for path in sorted(work.iterdir())},
             "wall_s": wall_s,
         }
-        (work / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        (work / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return folder
+
+
+def manifest_of(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return what ``manifest.json`` says. Raises FileNotFoundError if ``folder`` holds no run, ValueError if that file is
+    damaged."""
+    path = Path(folder) / _MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, f"not a run's folder (no {_MANIFEST})", str(folder))
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found["events"], int) or not {**found["sha256"], **found["versions"]}:
+            raise ValueError("no hashes")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    return dict(found)
+
+
+def read(folder: str | os.PathLike[str]) -> Result:
+    """Return the result that `write` stored. Raises FileNotFoundError if ``folder`` is no run's, ScenarioError if its
+    scenario no longer reads, and ValueError if a file is missing or is not what the manifest lists."""
+    import pyarrow.parquet as pq
+
+    from sim.loading import load
+
+    folder = Path(folder)
+    manifest = manifest_of(folder)
+    tables: dict[str, Table] = {}
+    for name, digest in sorted(manifest["sha256"].items()):
+        path = folder / name
+        if path.suffix != ".parquet" and name != _SCENARIO:
+            continue
+        if not path.is_file():
+            raise ValueError(f"{folder} is damaged: {name} is missing")
+        if _sha256(path) != digest:
+            raise ValueError(f"{folder} is damaged: {name} is not the file that {_MANIFEST} lists")
+        if path.suffix == ".parquet":
+            tables[path.stem] = pq.read_table(path).to_pydict()
+    scenario = load(folder / _SCENARIO)
+    for name in _STEPS if scenario.serving is None else _SERVING:
+        tables.setdefault(name, {})
+    return Result(scenario, tables, summarise(tables, scenario), manifest["events"])
+
+
+def add(folder: str | os.PathLike[str], extras: Mapping[str, bytes]) -> None:
+    """Put more files, by name, into a stored run and its manifest; each is replaced whole. Raises as `manifest_of`."""
+    folder = Path(folder)
+    manifest = manifest_of(folder)
+    for name, content in extras.items():
+        replace(folder / name, content)
+        manifest["sha256"][name] = _sha256(folder / name)
+    manifest["sha256"] = dict(sorted(manifest["sha256"].items()))
+    replace(folder / _MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
 
 
 def check_writable(out: str | os.PathLike[str]) -> None:
@@ -152,7 +233,8 @@ def _write_csv(path: Path, table: Table) -> None:
             writer.writerow(["" if isinstance(v, float) and math.isnan(v) else v for v in row])
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions, by name, of what a run's figures come from."""
     import platform
 
     found = {"python": platform.python_version()}

@@ -20,13 +20,14 @@ from sim.engine import breakdown, des, maxplus, violations
 from sim.engine.chunks import ChunkTimes
 from sim.engine.durations import slowdowns
 from sim.engine.moves import Moves, transfer
-from sim.engine.step import pipelined_step, programs
+from sim.engine.recording import recorded_step
+from sim.engine.step import pipelined_step, programs, recorded_pipeline
 from sim.engine.training import Work, build_plan
 from sim.estimate import Estimate, TooBig, estimate
 from sim.exchange import Exchange
 from sim.loading import load
 from sim.matrices import traffic_tables
-from sim.results import Result, summarise
+from sim.results import Result, Table, per_replica, summarise
 from sim.rollout import LAYERS_PER_TASK, Task, shape_of
 from sim.scenario import Scenario
 from sim.tables import merged, tabulate
@@ -43,13 +44,15 @@ def run(
     jobs: int | None = 1,
     force: bool = False,
     progress: bool = False,
+    timeline: bool = False,
 ) -> Result:
     """Run a scenario and return its `sim.results.Result`.
 
     source: a scenario file's path, plain data, or a `Scenario`. overrides: ``{"policies.0.select.topk_group": 2}`` or
     ``["seed=3"]``. jobs: processes; None = as many as cores where that pays. Workers import the calling script, so more
     than one needs ``if __name__ == "__main__":`` in it, and plug-ins that live in an importable module. force: run even
-    if the estimate says that it is too big. progress: a bar on stderr. Raises `sim.yamlfile.ScenarioError` or `sim.estimate.TooBig`.
+    if the estimate says that it is too big. progress: a bar on stderr. timeline: keep what `sim.timeline` draws. Raises
+    `sim.yamlfile.ScenarioError` or `sim.estimate.TooBig`.
     """
     sets = [f"{k}={json.dumps(v)}" for k, v in overrides.items()] if isinstance(overrides, Mapping) else list(overrides)
     if isinstance(source, Scenario):
@@ -62,7 +65,7 @@ def run(
     expected = estimate(scenario)
     if expected.too_big and not force:
         raise TooBig(expected)
-    return simulate(scenario, jobs, expected, progress)
+    return simulate(scenario, jobs, expected, progress, record=timeline)
 
 
 def _tasks(scenario: Scenario) -> list[Task]:
@@ -80,9 +83,10 @@ def _tasks(scenario: Scenario) -> list[Task]:
     return tasks
 
 
-def _time_step(job: tuple[Scenario, int, list[list[Exchange]]]) -> dict[str, Any]:
-    """Build and time one policy's step; returns parts [P] in picoseconds, the makespan and the event count."""
-    scenario, index, exchanges = job
+def _time_step(job: tuple[Scenario, int, list[list[Exchange]], int | None]) -> dict[str, Any]:
+    """Build and time one policy's step; returns parts [P] in picoseconds, the makespan and the event count, and if the job
+    names the step, its record."""
+    scenario, index, exchanges, step = job
     policy = scenario.policies[index]
     network = build_network(scenario.cluster, scenario.parallel_of(policy).ep_size)
     plan = build_plan(Work(scenario, policy, network, exchanges))
@@ -100,7 +104,13 @@ def _time_step(job: tuple[Scenario, int, list[list[Exchange]]]) -> dict[str, Any
         "makespan_ps": timeline.makespan_ps,
         "events": timeline.n_events,
         "communicating": spent / max(1, timeline.makespan_ps * plan.n_ranks),
+        "recorded": None if step is None else recorded_step(scenario, index, step, plan, timeline, exchanges),
     }
+
+
+def _recorded(scenario: Scenario, replica: int, step: int) -> bool:
+    """Whether a run that records keeps this step: the last timed one of the first replica."""
+    return replica == 0 and step == scenario.timed_steps()[-1]
 
 
 def _moves(scenario: Scenario, counts: Mapping[tuple[int, int], list[Counts]]) -> dict[tuple[int, int, int], Moves]:
@@ -182,7 +192,9 @@ def _run_stages(job: _Stages) -> tuple[list[Counts], Times]:
     return [result for result in counts if result.layer in job.own], times
 
 
-def _simulate_pipelined(scenario: Scenario, jobs: int | None, expected: Estimate, progress: bool) -> Result:
+def _simulate_pipelined(
+    scenario: Scenario, jobs: int | None, expected: Estimate, progress: bool, record: bool
+) -> Result:
     """As `simulate`, where steps pass a pipeline."""
     work = _stage_jobs(scenario)
     with Workers(processes(jobs, len(work), expected)) as workers:
@@ -202,25 +214,37 @@ def _simulate_pipelined(scenario: Scenario, jobs: int | None, expected: Estimate
     }
     for clock in timing.values():
         check_time(clock["parts"], clock["makespan_ps"])
+    recorded = tuple(
+        recorded_pipeline(scenario, scenario.policies[index], step, found)
+        for (replica, index, step), found in sorted(chunk_ps.items())
+        if record and _recorded(scenario, replica, step)
+    )
     tables = tabulate(scenario, counts, timing) | traffic_tables(scenario, counts)
-    return Result(scenario, tables, summarise(tables, scenario), sum(int(t["events"]) for t in timing.values()))
+    return Result(
+        scenario, tables, summarise(tables, scenario), sum(int(t["events"]) for t in timing.values()), recorded
+    )
 
 
-def simulate(scenario: Scenario, jobs: int | None, expected: Estimate, progress: bool = False) -> Result:
-    """Run a checked scenario; see `run`."""
+def simulate(
+    scenario: Scenario, jobs: int | None, expected: Estimate, progress: bool = False, record: bool = False
+) -> Result:
+    """Run a checked scenario; see `run`. record: keep the first replica's last timed step, or all of its service, for
+    `sim.timeline`."""
     arenas = scenario.arenas()
     if len(arenas) > 1 or arenas[0].scenario is not scenario:
-        parts = [simulate(arena.scenario, jobs, estimate(arena.scenario), progress) for arena in arenas]
-        tables = merged([part.tables for part in parts], [policy.name for policy in scenario.policies])
-        return Result(scenario, tables, summarise(tables, scenario), sum(part.n_events for part in parts))
+        parts = [simulate(arena.scenario, jobs, estimate(arena.scenario), progress, record) for arena in arenas]
+        names = [policy.name for policy in scenario.policies]
+        tables = merged([part.tables for part in parts], names)
+        kept = sorted((kept for part in parts for kept in part.recorded), key=lambda kept: names.index(kept.policy))
+        return Result(scenario, tables, summarise(tables, scenario), sum(part.n_events for part in parts), tuple(kept))
     if scenario.serving is not None:
         from sim.serve import simulate as serve
 
-        return serve(scenario, jobs, expected, progress)
+        return serve(scenario, jobs, expected, progress, record)
     if scenario.pipelined:
-        return _simulate_pipelined(scenario, jobs, expected, progress)
+        return _simulate_pipelined(scenario, jobs, expected, progress, record)
     with Workers(processes(jobs, len(_tasks(scenario)), expected)) as workers:
-        return _timed(_routed(scenario, workers, progress), scenario, workers, progress)
+        return _timed(_routed(scenario, workers, progress), scenario, workers, progress, record)
 
 
 @dataclass(frozen=True)
@@ -245,11 +269,24 @@ def route(scenario: Scenario, jobs: int | None, expected: Estimate, progress: bo
 def timed(routed: Routed, scenario: Scenario) -> Result:
     """Time ``scenario`` on one process with the routing of another that differs in costs and rates alone. Raises ValueError
     if they differ in anything that routing depends on."""
+    _check_same_routing(routed, scenario)
+    with Workers(1) as workers:
+        return _timed(routed, scenario, workers, False, False)
+
+
+def timed_rows(routed: Routed, scenario: Scenario) -> Table:
+    """Return `sim.results.per_replica` of what `timed` would return, in half the time: of figures that need the routing's
+    own tables there is none (NaN)."""
+    _check_same_routing(routed, scenario)
+    with Workers(1) as workers:
+        timing = dict(_clocks(routed, scenario, workers, False, False))
+    return per_replica(tabulate(scenario, {}, timing, _moves(scenario, routed.counts)), scenario)
+
+
+def _check_same_routing(routed: Routed, scenario: Scenario) -> None:
     strange = [name for name, of in _ROUTING.items() if of(scenario) != of(routed.scenario)]
     if strange:
         raise ValueError(f"{strange[0]} differs from that of the routing")
-    with Workers(1) as workers:
-        return _timed(routed, scenario, workers, False)
 
 
 # What routing depends on, of a scenario.
@@ -272,15 +309,30 @@ def _routed(scenario: Scenario, workers: Workers, progress: bool) -> Routed:
     return Routed(scenario, counts)
 
 
-def _timed(routed: Routed, scenario: Scenario, workers: Workers, progress: bool) -> Result:
-    counts, timing_jobs = routed.counts, []
+def _clocks(
+    routed: Routed, scenario: Scenario, workers: Workers, progress: bool, record: bool
+) -> list[tuple[tuple[int, int, int], dict[str, Any]]]:
+    """What `_time_step` returns of every (replica, policy, step), in that order."""
+    timing_jobs = []
     for replica in range(scenario.replicas):
         for index in range(len(scenario.policies)):
             for step in scenario.timed_steps():
-                layers = counts.get((replica, index), [])
+                layers = routed.counts.get((replica, index), [])
                 timing_jobs.append((replica, index, step, [layer.exchanges[step] for layer in layers]))
-    todo = [(scenario, index, exchanges) for _, index, _, exchanges in timing_jobs]
-    times = list(watched(workers.map(_time_step, todo), len(todo), "timing", progress))
-    timing = {(replica, index, step): t for (replica, index, step, _), t in zip(timing_jobs, times, strict=True)}
+    todo = [
+        (scenario, index, exchanges, step if record and _recorded(scenario, replica, step) else None)
+        for replica, index, step, exchanges in timing_jobs
+    ]
+    times = watched(workers.map(_time_step, todo), len(todo), "timing", progress)
+    return [
+        ((replica, index, step), found) for (replica, index, step, _), found in zip(timing_jobs, times, strict=True)
+    ]
+
+
+def _timed(routed: Routed, scenario: Scenario, workers: Workers, progress: bool, record: bool) -> Result:
+    counts, timing = routed.counts, dict(_clocks(routed, scenario, workers, progress, record))
     tables = tabulate(scenario, counts, timing, _moves(scenario, counts)) | traffic_tables(scenario, counts)
-    return Result(scenario, tables, summarise(tables, scenario), sum(int(t["events"]) for t in times))
+    recorded = tuple(t["recorded"] for t in timing.values() if t["recorded"] is not None)
+    return Result(
+        scenario, tables, summarise(tables, scenario), sum(int(t["events"]) for t in timing.values()), recorded
+    )

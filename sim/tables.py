@@ -22,6 +22,7 @@ from sim.metrics.balance import (
     uniform_max_vio,
 )
 from sim.metrics.dynamics import churn, ripple, settling_step
+from sim.metrics.serving import usd_per_million
 from sim.metrics.specialisation import mutual_information_bits, topic_max_vio
 from sim.placement import replica_counts
 from sim.rollout import measured_steps
@@ -56,6 +57,7 @@ def tabulate(
             ranks = [result.rank_tokens for result in found]
             per_layer = [_layer_rows(scenario, result, loads) for result, loads in zip(found, ranks, strict=True)]
             head: dict[str, Any] = {"policy": policy.name, "replica": replica}
+            memory = scenario.memory(policy)["total"] if scenario.timed_steps() else math.nan
             for step in range(scenario.steps.count):
                 row = head | {"step": step}
                 rows = [{key: values[step] for key, values in layer.items()} for layer in per_layer]
@@ -68,6 +70,7 @@ def tabulate(
                 clock = timing.get((replica, index, step))
                 exchanges = [r.exchanges[step] for r in found] if step in measured else []
                 row |= _exchange_row(scenario, index, exchanges) | _time_row(scenario, index, clock)
+                row["memory_bytes"] = memory if clock else math.nan
                 if policy.rebalance.interval_steps:
                     row |= _moves_row(policy.rebalance, moved.get((replica, index, step)), clock)
                 _append(tables["steps"], row)
@@ -246,7 +249,7 @@ PIPELINE_PARTS = ("forward_s", "backward_s", "weight_gradients_s", "overlapped_s
 def _time_row(scenario: Scenario, index: int, clock: dict[str, Any] | None) -> dict[str, float]:
     if clock is None:
         parts = PIPELINE_PARTS if scenario.pipelined else TIME_PARTS
-        return dict.fromkeys(("step_time_s", *parts, "tokens_per_s_per_gpu"), np.nan)
+        return dict.fromkeys(("step_time_s", *parts, "tokens_per_s_per_gpu", "usd_per_million_tokens"), np.nan)
     mean = {key: float(value.mean()) / PS_PER_S for key, value in clock["parts"].items()}
     if scenario.pipelined:
         row = {"step_time_s": clock["makespan_ps"] / PS_PER_S} | {f"{key}_s": value for key, value in mean.items()}
@@ -263,7 +266,12 @@ def _time_row(scenario: Scenario, index: int, clock: dict[str, Any] | None) -> d
     }
     if abs(sum(row[part] for part in TIME_PARTS) - row["step_time_s"]) > 1e-9 * row["step_time_s"]:
         raise ConservationError("C7 the reported parts do not sum to the step time")
-    return row | {"tokens_per_s_per_gpu": scenario.tokens_per_rank / row["step_time_s"]}
+    return row | _rate(scenario, scenario.tokens_per_rank / row["step_time_s"])
+
+
+def _rate(scenario: Scenario, tokens_per_s_per_gpu: float) -> dict[str, float]:
+    dollars = usd_per_million(tokens_per_s_per_gpu * 3600, 1.0, scenario.cluster.device.price_per_hour)
+    return {"tokens_per_s_per_gpu": tokens_per_s_per_gpu, "usd_per_million_tokens": dollars}
 
 
 def _price(scenario: Scenario, index: int, step_time_s: float) -> dict[str, float]:
@@ -278,8 +286,7 @@ def _price(scenario: Scenario, index: int, step_time_s: float) -> dict[str, floa
     tokens = scenario.tokens_per_rank * parallel.ep_size * parallel.ep_groups
     flops = model.training_flops_per_token(scenario.schedule.sequence_length) * tokens / (devices * step_time_s)
     hours = devices * step_time_s / tokens * 1e12 / 3600
-    return {
-        "tokens_per_s_per_gpu": tokens / (devices * step_time_s),
+    return _rate(scenario, tokens / (devices * step_time_s)) | {
         "tokens_per_day": tokens / step_time_s * 86400,
         "model_flops_per_s_per_gpu": flops,
         "mfu": flops / device.peak("bf16"),

@@ -40,7 +40,7 @@ class Workers:
     """``map`` on this process or on several; order and results are the same."""
 
     def __init__(self, jobs: int) -> None:
-        self.pool = _pool(jobs) if jobs > 1 else None
+        self.pool = pool(jobs) if jobs > 1 else None
 
     def map(self, function: Callable[[A], B], items: Sequence[A]) -> Iterator[B]:
         if self.pool is None:
@@ -61,7 +61,8 @@ class Workers:
             self.pool.shutdown()
 
 
-def _pool(jobs: int) -> ProcessPoolExecutor:
+def pool(jobs: int) -> ProcessPoolExecutor:
+    """Fresh processes that leave interrupts to this one and end when it does."""
     # BLAS threads of the workers would compete with the workers themselves.
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")

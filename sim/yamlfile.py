@@ -14,9 +14,9 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel
 
@@ -38,12 +38,16 @@ from sim.syntax import (
 __all__ = [
     "Document",
     "Mark",
+    "Override",
     "Problem",
     "ScenarioError",
     "apply_overrides",
     "document",
     "dotted",
     "dump",
+    "parse_key",
+    "parse_override",
+    "put",
     "read",
     "validate",
 ]
@@ -104,38 +108,86 @@ def document(
     return _Library(frozenset(references), convert, False).resolve(from_plain(data, Mark(name)))
 
 
-def apply_overrides(document: Document, overrides: Sequence[str]) -> Document:
-    """Return the document with ``a.b.0.c=value`` texts applied in order; values are YAML.
+class Override(NamedTuple):
+    """A value for one key. shown: where problems with it are said to be."""
 
-    Missing keys are created, list items must exist. A file named here is the user's own word: relative to the current
-    folder and allowed anywhere. ``model.extends=other.yaml`` changes the base under the scenario's own keys.
+    shown: str
+    path: tuple[str, ...]
+    value: Node
 
-    Raises ScenarioError with every bad override, located at ``--set a.b.0.c=value``.
+
+def shown_override(text: str) -> str:
+    """Where problems with a ``--set`` are said to be."""
+    return "--set " + (text if len(text) <= 80 else text[:77] + "...")
+
+
+def parse_override(text: str) -> Override:
+    """Read ``a.b.0.c=value``, whose value is YAML. Raises ScenarioError."""
+    shown = shown_override(text)
+    keys, equals, value = text.partition("=")
+    if not equals:
+        raise ScenarioError([Problem(shown, keys.strip(), "must be written key.key=value")])
+    path = parse_key(keys, shown)
+    mark = Mark(shown)
+    try:
+        return Override(shown, path, parse_yaml(value, mark) or Node(None, mark))
+    except ScenarioError as error:
+        raise ScenarioError([p if p.path else p._replace(path=dotted(path)) for p in error.problems]) from None
+
+
+def parse_key(text: str, shown: str) -> tuple[str, ...]:
+    """Read ``a.b.0.c``. Raises ScenarioError, located at ``shown``."""
+    path = tuple(text.strip().split("."))
+    if not all(path):
+        raise ScenarioError([Problem(shown, dotted(path), "has an empty key")])
+    if len(path) > MAX_DEPTH:
+        raise ScenarioError([Problem(shown, dotted(path), f"is nested more than {MAX_DEPTH} levels deep")])
+    return path
+
+
+def put(document: Document, overrides: Sequence[Override]) -> Document:
+    """Return the document with ``overrides`` applied in order.
+
+    Missing keys are created, list items must exist. ``model.extends=other.yaml`` changes the base under the scenario's
+    own keys. Raises ScenarioError with every bad override.
     """
     tree, library, problems = document._tree, document._library, []
     # A new base has to be in place before keys below it are looked up.
-    for text in sorted(overrides, key=lambda text: text.partition("=")[0].strip().split(".")[-1] != "extends"):
-        shown = "--set " + (text if len(text) <= 80 else text[:77] + "...")
-        keys, equals, value = text.partition("=")
-        path = tuple(keys.strip().split("."))
+    for shown, path, value in sorted(overrides, key=lambda override: override.path[-1] != "extends"):
         try:
-            if not equals:
-                raise ScenarioError([Problem(shown, "", "must be written key.key=value")])
-            if not all(path):
-                raise ScenarioError([Problem(shown, dotted(path), "has an empty key")])
-            if len(path) > MAX_DEPTH:
-                raise ScenarioError([Problem(shown, dotted(path), f"is nested more than {MAX_DEPTH} levels deep")])
-            mark = Mark(shown)
-            new = parse_yaml(value, mark) or Node(None, mark)
-            tree = library.put(tree, path, new, ())
+            tree = library.put(tree, path, value, ())
         except ScenarioError as error:
             for problem in error.problems:
-                problems.append(
-                    problem if problem.path or problem.where != shown else problem._replace(path=dotted(path))
-                )
+                bare = problem.where == shown and not problem.path
+                problems.append(problem._replace(path=dotted(path)) if bare else problem)
     if problems:
         raise ScenarioError(list(dict.fromkeys(problems)))
     return library.resolve(tree)
+
+
+def apply_overrides(
+    document: Document,
+    overrides: Sequence[str],
+    put: Callable[[Document, Sequence[Override]], Document] = put,
+) -> Document:
+    """As ``put``, of ``a.b.0.c=value`` texts. A file named here is the user's own word: relative to the current folder and
+    allowed anywhere. Problems are located at ``--set a.b.0.c=value``, in the order of the texts."""
+    parsed: list[Override] = []
+    problems: list[Problem] = []
+    for text in overrides:
+        try:
+            parsed.append(parse_override(text))
+        except ScenarioError as error:
+            problems += error.problems
+    try:
+        document = put(document, parsed)
+    except ScenarioError as error:
+        problems += error.problems
+    if problems:
+        order = {shown_override(text): i for i, text in enumerate(overrides)}
+        problems.sort(key=lambda problem: order.get(problem.where, len(order)))
+        raise ScenarioError(list(dict.fromkeys(problems)))
+    return document
 
 
 def validate(model_cls: type[M], document: Document) -> M:

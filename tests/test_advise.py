@@ -19,7 +19,7 @@ from sim.advice import Setup, costs, simulated
 from sim.advice.batches import cut, fitting_tokens, spread_layers
 from sim.advice.bench import Bench
 from sim.advice.clock import Clock, chain_s
-from sim.advice.evidence import MIN_TIMES, Interval, autocorrelation_time, ratio
+from sim.advice.evidence import Interval, ratio
 from sim.advice.guess import cost_of, ep_size_of, load, model_of
 from sim.advice.options import BASELINE, check_redundant, fitting_redundant, options
 from sim.advice.placement import REPAID, _every, _inside_a, _replanned, _tail, _trend, judge
@@ -35,6 +35,7 @@ from sim.placement.biased import Biased
 from sim.placement.eplb import Eplb
 from sim.placement.linear import Linear
 from sim.slots import Slots
+from sim.statistics import MIN_TIMES, autocorrelation_time
 from sim.tokens import I16
 from sim.traces import RecordedTrace, checked
 from sim.validation import Inputs

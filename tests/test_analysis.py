@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 import sim
 from analysis import figures
+from sim import store
 from sim.results import Result, summarise
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -189,7 +190,9 @@ def test_topic_heatmap_shows_the_loads_of_one_layer(result: Result) -> None:
     assert specialised.shape == (3, result.scenario.model.n_routed_experts)
     assert specialised.mean(axis=1) == pytest.approx(1, abs=2e-3)
     topics = result.topics
-    rows = topics[(topics.policy == "top-k") & (topics.replica == 0) & (topics.layer == 3) & (topics.topic == "science")]
+    rows = topics[
+        (topics.policy == "top-k") & (topics.replica == 0) & (topics.layer == 3) & (topics.topic == "science")
+    ]
     loads = np.sum(rows.expert_tokens.to_list(), axis=0)
     assert np.sort(specialised[0]) == pytest.approx(np.sort(np.maximum(loads / loads.mean(), 1e-3)))
     assert specialised.std() > 3 * floor.std()
@@ -245,10 +248,8 @@ def test_a_first_policy_without_experts_leaves_the_others_drawn(result: Result) 
 def test_a_stored_run_gives_the_same_figures(
     result: Result, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from sim.store import write
-
-    folder = write(result, tmp_path)
-    again = figures.read(folder)
+    folder = store.write(result, tmp_path)
+    again = store.read(folder)
     assert again.summary().equals(result.summary())
     assert again.steps.equals(result.steps) and again.experts.equals(result.experts)
     out = tmp_path / "figure.png"

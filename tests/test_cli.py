@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -172,6 +173,21 @@ def test_out_dash_writes_nothing_and_quiet_says_nothing(place: Path, capsys: pyt
     assert main([TINY, *SETS, "--quiet"]) == 0
     second = capsys.readouterr()
     assert second.err == "" and second.out == first.out and "results/tiny" in visible(place)
+
+
+def test_a_page_and_a_timeline_are_part_of_the_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([TINY, *SETS, "--report", "--timeline", "--out", "first"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["results", "report", "timeline"]
+    page, trace = (place / line.partition(": ")[2] for line in lines[1:])
+    assert f"python -m sim.run {TINY}" in page.read_text(encoding="utf-8")
+    assert len(json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]) > 100
+    manifest = json.loads((page.parent / "manifest.json").read_text(encoding="utf-8"))
+    assert {page.name, trace.name} <= set(manifest["sha256"])
+    assert main([TINY, *SETS, "--set", "steps.timed=none", "--timeline", "--quiet"]) == 0
+    assert capsys.readouterr().err == "tiny: no timeline: no step is timed (steps.timed: none)\n"
+    assert main([TINY, *SETS, "--report", "--out", "-"]) == 2
+    assert capsys.readouterr().err.startswith("--report and --timeline write into the folder of results")
 
 
 def test_several_files_are_all_checked_before_one_runs(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""How sure a gain is: autocorrelation of the batches, and a block bootstrap over them."""
+"""How sure a gain is: a block bootstrap over batches, in blocks of their autocorrelation time."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import NamedTuple
 import numpy as np
 
 from sim.rng import stream
+from sim.statistics import autocorrelation_time
 from sim.tokens import F64
 
-MIN_TIMES = 50
-"""Autocorrelation times that the judged batches must span (the rule of thumb of emcee's documentation)."""
 _RESAMPLES = 2000
 _LEVEL = 0.95
 
@@ -22,27 +21,6 @@ class Interval(NamedTuple):
     mean: float
     low: float
     high: float
-
-
-def autocorrelation_time(series: F64) -> float:
-    """Return the integrated autocorrelation time of ``series`` [n], in samples, at least 1.
-
-    tau = 1 + 2 sum of rho(t) up to the first window M >= 5 tau (Sokal's automatic windowing).
-
-    >>> autocorrelation_time(np.ones(9))
-    1.0
-    """
-    n = len(series)
-    centred = series - series.mean()
-    variance = float(centred @ centred)
-    if n < 2 or variance <= 1e-24 * max(float(series @ series), 1e-300):
-        return 1.0
-    tau = 1.0
-    for lag in range(1, n):
-        tau += 2 * float(centred[lag:] @ centred[:-lag]) / variance
-        if lag >= 5 * tau:
-            break
-    return max(1.0, tau)
 
 
 def ratio(gain: F64, base: F64, seed: int) -> Interval:

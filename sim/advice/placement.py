@@ -11,8 +11,9 @@ import numpy as np
 from sim.advice import Serving, Setup, costs
 from sim.advice.batches import Batches
 from sim.advice.bench import Bench
-from sim.advice.evidence import Interval, autocorrelation_time, ratio
+from sim.advice.evidence import Interval, ratio
 from sim.advice.options import Option, options
+from sim.statistics import autocorrelation_time
 from sim.tokens import F64
 
 REPAID = 10

@@ -6,8 +6,9 @@ import math
 
 from sim.advice import Setup, Verdict
 from sim.advice.batches import WINDOWS, Batches
-from sim.advice.evidence import MIN_TIMES, Interval
+from sim.advice.evidence import Interval
 from sim.advice.placement import Judged, pays
+from sim.statistics import MIN_TIMES
 
 _JUDGED = WINDOWS - WINDOWS // 3
 

@@ -91,9 +91,12 @@ class Cluster(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str
+    """Shown in reports."""
     device: Device
     nodes: Annotated[int, Field(gt=0)]
+    """Nodes of the cluster."""
     devices_per_node: Annotated[int, Field(gt=0)]
+    """Devices of a node."""
     intra_node: LinkSpec
     inter_node: NicSpec | None = None
     topology: Annotated[Topology, Choice(Topology)]

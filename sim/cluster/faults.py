@@ -21,6 +21,7 @@ class LinkFault(BaseModel):
 
     link: Annotated[str, Field(min_length=1)]
     factor: Annotated[float, Field(ge=0, le=1)]
+    """Share of the rate that is left; 0: failed."""
 
     def hits(self, a: str, b: str) -> bool:
         """Say whether the cable between ``a`` and ``b`` is meant."""

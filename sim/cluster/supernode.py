@@ -25,6 +25,7 @@ class Supernode(Rails):
 
     kind: Literal["supernode"] = "supernode"
     nodes_per_supernode: Annotated[int, Field(gt=0)]
+    """Nodes that share one switched network."""
     node_switches: bool = False
     node_oversubscription: Annotated[float, Field(ge=1)] = 1.0
     cross_node_latency_s: Seconds = 0.0

@@ -27,7 +27,9 @@ class AllGather(CommunicationCost):
 
     kind: Literal["all_gather"] = "all_gather"
     start_s: Seconds = 6e-6
+    """Start of a collective."""
     step_s: Seconds = 2e-6
+    """Of each step of the ring."""
 
     def pair_times_s(
         self,

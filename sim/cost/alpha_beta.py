@@ -20,10 +20,15 @@ class Line(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     nodes: Annotated[int, Field(gt=0)]
+    """From this many nodes on."""
     dispatch_alpha_s: Seconds
+    """Latency."""
     dispatch_beta_bytes_per_s: BytesPerSecond
+    """Logical bandwidth."""
     combine_alpha_s: Seconds
+    """Latency."""
     combine_beta_bytes_per_s: BytesPerSecond
+    """Logical bandwidth."""
 
 
 def _lines(rows: list[tuple[int, float, float, float, float]]) -> tuple[Line, ...]:
@@ -49,6 +54,7 @@ class AlphaBeta(CommunicationCost):
     normal: Annotated[tuple[Line, ...], Field(min_length=1)] = _lines(
         [(1, 35, 153, 52, 158), (2, 29, 43, 55, 43), (4, 29, 58, 55, 57), (8, 29, 51, 55, 50)]
     )
+    """Lines of the normal kernels."""
     low_latency: Annotated[tuple[Line, ...], Field(min_length=1)] = _lines(
         [
             (1, 15, 122.4, 11, 142.5),
@@ -59,6 +65,7 @@ class AlphaBeta(CommunicationCost):
             (32, 20, 43.6, 25, 43.8),
         ]
     )
+    """Lines of the low-latency kernels."""
     source: str = "DeepEP docs/legacy.md (H800); alpha: aiconfigurator-core 0.12.0 DeepEP tables on H100, fit"
 
     def pair_times_s(

@@ -36,7 +36,9 @@ class Flow(CommunicationCost):
     kind: Literal["flow"] = "flow"
     eps: Annotated[float, Field(ge=0, le=0.5)] = 0.05
     release: Release = "v1"
+    """Which release of DeepEP."""
     kernels: Kernels | None = None
+    """Constants instead of those of ``release``."""
     source: str = "constants as port"
 
     @property

@@ -58,7 +58,9 @@ class Port(CommunicationCost):
 
     kind: Literal["port"] = "port"
     release: Release = "v1"
+    """Which release of DeepEP."""
     kernels: Kernels | None = None
+    """Constants instead of those of ``release``."""
     source: str = "DeepEP docs/legacy.md and README.md; aiconfigurator-core 0.12.0 DeepEP tables on H100; set by hand"
 
     @property

@@ -56,11 +56,27 @@ def expert_work(
     return 6 * n * hidden_size * moe_intermediate_size, moved + n * hidden_size * (BYTES_PER_ELEMENT[dtype] + 2)
 
 
+def gemm_work(
+    tokens: npt.ArrayLike, in_features: npt.ArrayLike, out_features: npt.ArrayLike, dtype: Dtype, part: Part
+) -> tuple[F64, F64]:
+    """Return ``(FLOPs, HBM bytes)`` of one pass of a dense product, as `ComputeCost.gemm_s` takes it: both inputs in
+    ``dtype``, the output in bf16, or read and written as an fp32 gradient (wgrad)."""
+    m, k, n = f64(tokens), f64(in_features), f64(out_features)
+    element = BYTES_PER_ELEMENT[dtype]
+    moved = {
+        "forward": (n * k + m * k) * element + m * n * 2,
+        "dgrad": (n * k + m * n) * element + m * k * 2,
+        "wgrad": m * (n + k) * element + n * k * 8,
+    }[part]
+    return 2 * m * n * k, moved
+
+
 class Roofline(ComputeCost):
     """max(FLOPs / peak, bytes / bandwidth) / efficiency; the default efficiency 1 makes it a lower bound."""
 
     kind: Literal["roofline"] = "roofline"
     efficiency: Fraction = 1.0
+    """Share of the bound that kernels reach."""
 
     def _bound(
         self, device: Device, flops: npt.ArrayLike, moved: npt.ArrayLike, dtype: Dtype, sm_fraction: npt.ArrayLike
@@ -96,16 +112,11 @@ class Roofline(ComputeCost):
         part: Part = "forward",
         quantise: bool = False,
     ) -> F64:
-        m, k, n = f64(tokens), f64(in_features), f64(out_features)
-        element = BYTES_PER_ELEMENT[dtype]
-        moved = {
-            "forward": (n * k + m * k) * element + m * n * 2,
-            "dgrad": (n * k + m * n) * element + m * k * 2,
-            "wgrad": m * (n + k) * element + n * k * 8,
-        }[part]
-        seconds = self._bound(device, 2 * m * n * k, moved, dtype, sm_fraction)
+        flops, moved = gemm_work(tokens, in_features, out_features, dtype, part)
+        seconds = self._bound(device, flops, moved, dtype, sm_fraction)
         if quantise and dtype != "bf16":
-            seconds = seconds + self.elementwise_s(device, bytes=m * k * (2 + element))
+            again = f64(tokens) * f64(in_features) * (2 + BYTES_PER_ELEMENT[dtype])
+            seconds = seconds + self.elementwise_s(device, bytes=again)
         return seconds
 
     def attention_core_s(

@@ -29,14 +29,14 @@ class Lookup:
     """
 
     def __init__(self, law: Callable[[F64], F64]) -> None:
-        self._law, self._values = law, np.zeros(0)
+        self.law, self._values = law, np.zeros(0)
 
     def upto(self, most: int) -> F64:
         """Return the law at 0, 1, ... at least to ``most``; 0 at 0."""
         known = len(self._values)
         if most >= known:
             starts = range(known, most + 1, _BLOCK)
-            blocks = [self._law(np.arange(start, start + _BLOCK, dtype=np.float64)) for start in starts]
+            blocks = [self.law(np.arange(start, start + _BLOCK, dtype=np.float64)) for start in starts]
             self._values = np.concatenate([self._values, *blocks])
             self._values[0] = 0.0
         return self._values

@@ -9,6 +9,7 @@ import numpy as np
 
 from sim.cost.collectives import all_gather_s, point_to_point_s, reduce_scatter_s
 from sim.engine import pipeline
+from sim.engine.recording import RecordedPipeline
 from sim.pipeline import Chunk
 from sim.pipeline.blocks import block_parameters
 from sim.scenario import Scenario
@@ -37,7 +38,9 @@ def hop_s(scenario: Scenario, policy: Policy) -> float:
     parallel, model = scenario.parallel_of(policy), scenario.model_of(policy)
     tokens = scenario.tokens_per_rank // scenario.schedule.micro_batches
     domain = scenario.cluster.topology.domain(scenario.cluster)
-    return float(point_to_point_s(scenario.cluster, tokens * model.hidden_size * 2.0, inter_node=parallel.devices > domain))
+    return float(
+        point_to_point_s(scenario.cluster, tokens * model.hidden_size * 2.0, inter_node=parallel.devices > domain)
+    )
 
 
 def optimizer_s(scenario: Scenario, policy: Policy) -> float:
@@ -84,15 +87,11 @@ def pipelined_step(scenario: Scenario, policy: Policy, chunk_ps: Mapping[tuple[i
     everywhere, and ``events``. All groups start together and the optimiser starts when the last rank of the last group
     is done, because the gradient norm is a sum over all of them.
     """
-    parallel, plan = scenario.parallel_of(policy), programs(scenario, policy)
-    engine = pipeline.simulate if scenario.schedule.engine == "simpy" else pipeline.recurrence
-    hop_ps = int(to_ps(hop_s(scenario, policy)))
-    groups = range(parallel.ep_groups)
-    lines = [engine(plan, [chunk_ps[rank, group] for rank in range(len(plan))], hop_ps) for group in groups]
+    plan, lines = programs(scenario, policy), _lines(scenario, policy, chunk_ps)
     done, optimizer = max(line.makespan_ps for line in lines), int(to_ps(optimizer_s(scenario, policy)))
     parts = {name: np.zeros((len(plan), len(lines)), dtype=np.int64) for name in PARTS}
     for rank, program in enumerate(plan):
-        for group in groups:
+        for group in range(len(lines)):
             for chunk, spent in zip(program, chunk_ps[rank, group].tolist(), strict=True):
                 parts[_PART_OF.get(chunk.kind, chunk.kind)][rank, group] += spent
     parts["optimizer"] += optimizer
@@ -102,3 +101,32 @@ def pipelined_step(scenario: Scenario, policy: Policy, chunk_ps: Mapping[tuple[i
         "makespan_ps": done + optimizer,
         "events": sum(line.n_events for line in lines),
     }
+
+
+def _lines(
+    scenario: Scenario, policy: Policy, chunk_ps: Mapping[tuple[int, int], I64]
+) -> list[pipeline.PipelineTimeline]:
+    """Return the times of every EP group's chunks."""
+    plan = programs(scenario, policy)
+    engine = pipeline.simulate if scenario.schedule.engine == "simpy" else pipeline.recurrence
+    hop_ps = int(to_ps(hop_s(scenario, policy)))
+    groups = range(scenario.parallel_of(policy).ep_groups)
+    return [engine(plan, [chunk_ps[rank, group] for rank in range(len(plan))], hop_ps) for group in groups]
+
+
+def recorded_pipeline(
+    scenario: Scenario, policy: Policy, step: int, chunk_ps: Mapping[tuple[int, int], I64]
+) -> RecordedPipeline:
+    """Return step ``step`` of replica 0 for a timeline, from the times of its chunks as in `pipelined_step`."""
+    plan, lines = programs(scenario, policy), _lines(scenario, policy, chunk_ps)
+    done = max(line.makespan_ps for line in lines)
+    return RecordedPipeline(
+        policy.name,
+        0,
+        step,
+        tuple(tuple(program) for program in plan),
+        tuple(np.stack([line.start_ps[rank] for line in lines]) for rank in range(len(plan))),
+        tuple(np.stack([line.end_ps[rank] for line in lines]) for rank in range(len(plan))),
+        (done, done + int(to_ps(optimizer_s(scenario, policy)))),
+        scenario.tokens_per_rank // scenario.schedule.micro_batches,
+    )

@@ -36,6 +36,7 @@ class Lplb(Placement):
     kind: Literal["lplb"] = "lplb"
     needs: ClassVar[frozenset[Evidence]] = frozenset({"expert_tokens"})
     topology: Topology = "cube"
+    """Which graph of ranks the replicas follow."""
 
     def place(self, slots: Slots, observed: Observed, rng: np.random.Generator) -> I32:
         source = edges(self.topology, slots)

@@ -28,6 +28,7 @@ class Lp(ReplicaChoice):
     kind: Literal["lp"] = "lp"
     method: Literal["interior_point", "highs"] = "interior_point"
     iterations: Annotated[int, Field(ge=1, le=100)] = 5
+    """Steps of ``interior_point``."""
     solve_s: Seconds = 100e-6
 
     def seconds(self, slots: Slots) -> float:

@@ -4,13 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 from sim.aligned import grid
 from sim.results import Metric, Result, metrics_of
 
+
+class Value(NamedTuple):
+    """A figure of one policy: mean, half-width, paired difference against the first policy with its half-width."""
+
+    mean: float
+    half: float
+    difference: float
+    difference_half: float
+
+
+class Section(NamedTuple):
+    """A table of policies: its title and the metrics that are its columns, by name."""
+
+    title: str
+    names: tuple[str, ...]
+
+
 # Columns whose paired difference a table ends with.
-_LEADING = {"step_time_s": "step time", "tpot_mean_s": "mean TPOT", "iteration_s": "iteration"}
+LEADING = {"step_time_s": "step time", "tpot_mean_s": "mean TPOT", "iteration_s": "iteration"}
 # Columns that say nothing where every policy has this value.
 _DULL = {
     "refused": 0.0,
@@ -37,39 +54,69 @@ def number(value: float, metric: Metric) -> str:
     return f"{value:.{metric.digits}f}"
 
 
+def values(result: Result) -> dict[tuple[str, str], Value]:
+    """Return the summary by (policy, metric)."""
+    policies, metrics, *figures = list(result.summary_rows.values())[:-1]
+    return dict(zip(zip(policies, metrics, strict=True), map(Value, *figures), strict=True))
+
+
+def columns(result: Result, names: Sequence[str]) -> list[Metric]:
+    """Return those of ``names`` that say something about some policy."""
+    found, metrics = values(result), {m.name: m for m in metrics_of(result.scenario)}
+    policies = [policy.name for policy in result.scenario.policies]
+    return [
+        metrics[name] for name in names if any(_says(name, found[policy, name].mean, result) for policy in policies)
+    ]
+
+
+def leading(shown: Sequence[Metric]) -> str | None:
+    """Return the metric whose paired difference ends a table of the columns ``shown``, or None."""
+    return next((metric.name for metric in shown if metric.name in LEADING), None)
+
+
+def spread(value: Value, metric: Metric) -> str:
+    """Format the interval of a mean; nothing where there is none or it is of no account."""
+    if math.isnan(value.half) or metric.name.endswith("_floor") or value.half <= 1e-6 * abs(value.mean):
+        return ""
+    return f"±{two_digits(value.half * metric.scale)}"
+
+
+def two_digits(value: float) -> str:
+    """Format to two significant digits, without an exponent where people would not write one.
+
+    >>> two_digits(0.0213), two_digits(241.2)
+    ('0.021', '241')
+    """
+    return f"{value:.0f}" if 10 <= abs(value) < 1e6 else f"{value:.2g}"
+
+
+def against_first(value: Value, is_first: bool) -> str:
+    """Format the paired difference against the first policy in per cent."""
+    base = value.mean - value.difference
+    if is_first or math.isnan(value.difference) or base <= 0:
+        return "-"
+    interval = "" if math.isnan(value.difference_half) else f" ±{100 * value.difference_half / base:.1f}"
+    return f"{100 * value.difference / base:+.1f} %{interval}"
+
+
 def table(result: Result, names: Sequence[str]) -> list[str]:
-    metrics = {m.name: m for m in metrics_of(result.scenario)}
-    values: dict[tuple[str, str], tuple[float, float, float, float]] = {}
-    rows: dict[str, list[Any]] = result.summary_rows
-    for policy, metric, mean, half, diff, diff_half, _ in zip(*rows.values(), strict=True):
-        values[policy, metric] = (mean, half, diff, diff_half)
-    policies = [p.name for p in result.scenario.policies]
-    names = [name for name in names if any(_says(name, values[policy, name][0], result) for policy in policies)]
-    if not names:
+    """Return the lines of a table of policies; none if no column says anything."""
+    shown, found = columns(result, names), values(result)
+    if not shown:
         return []
-    lines = []
-    leading = next((name for name in _LEADING if name in names), None)
-    first = result.scenario.policies[0].name
-    for policy in (p.name for p in result.scenario.policies):
+    last, policies, rows = leading(shown), [policy.name for policy in result.scenario.policies], []
+    for policy in policies:
         row = [policy]
-        for name in names:
-            mean, half, diff, diff_half = values[policy, name]
-            cell = number(mean, metrics[name])
-            if not math.isnan(half) and not name.endswith("_floor") and half > 1e-6 * abs(mean):
-                cell += f" ±{half * metrics[name].scale:.2g}"
-            row.append(cell)
-        if leading:
-            mean, _, diff, diff_half = values[policy, leading]
-            base = mean - diff
-            cell = "-" if policy == first or math.isnan(diff) or base <= 0 else f"{100 * diff / base:+.1f} %"
-            if cell != "-" and not math.isnan(diff_half):
-                cell += f" ±{100 * diff_half / base:.1f}"
-            row.append(cell)
-        lines.append(row)
-    head = ["policy", *(metrics[name].label for name in names)]
-    if leading:
-        head.append(f"{_LEADING[leading]} against first")
-    return grid(head, lines)
+        for metric in shown:
+            value = found[policy, metric.name]
+            row.append(" ".join(filter(None, (number(value.mean, metric), spread(value, metric)))))
+        if last:
+            row.append(against_first(found[policy, last], policy == policies[0]))
+        rows.append(row)
+    head = ["policy", *(metric.label for metric in shown)]
+    if last:
+        head.append(f"{LEADING[last]} against first")
+    return grid(head, rows)
 
 
 def _says(name: str, value: float, result: Result) -> bool:
@@ -88,6 +135,6 @@ def _says(name: str, value: float, result: Result) -> bool:
     return not math.isnan(value) and value != _DULL.get(name)
 
 
-def titled(result: Result, tables: Sequence[Sequence[str]]) -> list[str]:
+def titled(result: Result, sections: Sequence[Section]) -> list[str]:
     """The tables that say something, an empty line before each."""
-    return [line for names in tables if (found := table(result, names)) for line in ("", *found)]
+    return [line for section in sections if (found := table(result, section.names)) for line in ("", *found)]

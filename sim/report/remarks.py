@@ -41,14 +41,19 @@ def _without_effect(scenario: Scenario) -> list[str]:
 
 
 def remarks_on(scenario: Scenario) -> list[str]:
+    """Return `remarks` as lines for a terminal."""
+    return [part for line in remarks(scenario) for part in textwrap.wrap(line, 120, subsequent_indent="  ")]
+
+
+def remarks(scenario: Scenario) -> list[str]:
     """What the pieces of the gates, the assumed dynamics and the traffic want the reader to know, each thing once."""
-    remarks: dict[str, list[str]] = {}
+    notes: dict[str, list[str]] = {}
     for policy in scenario.policies:
         model = scenario.model_of(policy)
         if model.is_moe:
             for _, piece in policy.pieces():
-                remarks.setdefault(piece.note(model), []).append(policy.name)
-    lines = [f"{', '.join(dict.fromkeys(names))}: {note}" for note, names in remarks.items() if note]
+                notes.setdefault(piece.note(model), []).append(policy.name)
+    lines = [f"{', '.join(dict.fromkeys(names))}: {note}" for note, names in notes.items() if note]
     lines += _without_effect(scenario)
     lines += [f"all policies: {rule.note(scenario.model)}" for rule in scenario.router_dynamics]
     if scenario.pipelined and scenario.cluster.device.price_per_hour is None:
@@ -58,4 +63,4 @@ def remarks_on(scenario: Scenario) -> list[str]:
         lines += [f"requests: {caveat}" for caveat in scenario.serving.requests.caveats]
     if scenario.steps.resolution == "count":
         lines += _count_level(scenario)
-    return [part for line in lines for part in textwrap.wrap(line, 120, subsequent_indent="  ")]
+    return lines

@@ -8,7 +8,8 @@ from typing import Any
 
 from sim.aligned import grid
 from sim.report.about import describe
-from sim.report.grids import number, titled
+from sim.report.grids import Section, number, titled
+from sim.report.over_time import over_time
 from sim.report.remarks import remarks_on
 from sim.results import Result, Table, metrics_of
 from sim.units import human
@@ -28,8 +29,22 @@ _ITERATIONS = (
 )  # fmt: skip
 
 
-def _units(result: Result) -> list[str]:
-    """Units side by side where there are several: means over replicas of what each does."""
+def sections(result: Result) -> list[Section]:
+    """Return the tables of policies that a run that serves requests has."""
+    return [
+        Section("What users get", _USERS),
+        Section("What operators get", _OPERATORS),
+        Section("Iterations", _ITERATIONS),
+    ]
+
+
+def note(result: Result) -> str:
+    """Say what the tables' figures are means of."""
+    return "Means over replicas, ± 95 %." if result.scenario.replicas > 1 else "One replica, so no intervals."
+
+
+def units(result: Result) -> list[tuple[list[str], list[list[str]]]]:
+    """Return the head and rows of a table of units side by side where there are several: means over replicas of what each does."""
     table = result.tables.get("units", {})
     if not table or len(set(table["unit"])) < 2:
         return []
@@ -45,11 +60,11 @@ def _units(result: Result) -> list[str]:
         rows.append(
             [f"{policy}, {unit}", *(number(mean, metrics[name]) for name, mean in zip(names, means, strict=True))]
         )
-    return ["", *grid(["policy, unit", *(metrics[name].label for name in names)], rows)]
+    return [(["policy, unit", *(metrics[name].label for name in names)], rows)]
 
 
-def _events(result: Result) -> list[str]:
-    """What faults and rebalances did, in a line each."""
+def events(result: Result) -> list[str]:
+    """What faults and rebalances did, in a line each, and what one long replica tells by itself."""
     lines = []
     for row in _rows(result.tables.get("faults", {})):
         if row["kind"] == "dead_rank" and not row["replica"]:
@@ -70,7 +85,7 @@ def _events(result: Result) -> list[str]:
             f"{policy}: {len(done)} of {len(found)} plans moved experts, {human(moved, 'B')} in all, which took "
             f"{human(added, 's')} of iterations"
         )
-    return lines
+    return lines + over_time(result)
 
 
 def _rows(table: Table) -> list[dict[str, Any]]:
@@ -79,9 +94,8 @@ def _rows(table: Table) -> list[dict[str, Any]]:
 
 def terminal(result: Result) -> str:
     """Return the whole text of a run that serves requests."""
-    scenario = result.scenario
-    note = "Means over replicas, ± 95 %." if scenario.replicas > 1 else "One replica, so no intervals."
-    parts = [*describe(scenario), *titled(result, [_USERS, _OPERATORS, _ITERATIONS]), *_units(result), ""]
-    lines = [*_events(result), note]
+    parts = [*describe(result.scenario), *titled(result, sections(result))]
+    parts += [line for head, rows in units(result) for line in ("", *grid(head, rows))]
+    lines = [*events(result), note(result)]
     wrapped = [part for line in lines for part in textwrap.wrap(line, 120, subsequent_indent="  ")]
-    return "\n".join([*parts, *wrapped, *remarks_on(scenario)])
+    return "\n".join([*parts, "", *wrapped, *remarks_on(result.scenario)])

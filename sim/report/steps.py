@@ -8,7 +8,8 @@ import textwrap
 from sim.aligned import grid
 from sim.metrics.dynamics import MIN_STEPS
 from sim.report.about import describe
-from sim.report.grids import titled
+from sim.report.grids import Section, titled
+from sim.report.over_time import over_time
 from sim.report.remarks import remarks_on
 from sim.report.repaid import repaid
 from sim.results import Result
@@ -39,18 +40,19 @@ _PRICE = (
 _MOST_TOPICS = 12  # of which each has a column
 
 
-def _by_topic(result: Result) -> list[str]:
-    """Policies x topics: MaxVio within each topic and, where something is dropped, the share that is."""
+def by_topic(result: Result) -> list[tuple[list[str], list[list[str]]]]:
+    """Return the head and rows of tables policies x topics: MaxVio within each topic and, where something is dropped, the
+    share that is."""
     topics, table = result.scenario.traffic.topics, result.tables.get("topics", {})
     if not table or not 1 < len(topics) <= _MOST_TOPICS:
         return []
-    lines: list[str] = []
+    found: list[tuple[list[str], list[list[str]]]] = []
     for column, label, scale in (("max_vio", "MaxVio within", 1.0), ("dropped_share", "dropped %", 100.0)):
         values: dict[tuple[str, str], list[float]] = {}
         for policy, topic, value in zip(table["policy"], table["topic"], table[column], strict=True):
             if not math.isnan(value):
                 values.setdefault((policy, topic), []).append(value * scale)
-        means = {key: math.fsum(found) / len(found) for key, found in values.items()}
+        means = {key: math.fsum(listed) / len(listed) for key, listed in values.items()}
         if not any(means.values()):
             continue
         shown = [policy.name for policy in result.scenario.policies]
@@ -60,31 +62,44 @@ def _by_topic(result: Result) -> list[str]:
             [name, *(f"{means[key]:.2f}" if (key := (name, topic)) in means else "-" for topic in topics)]
             for name in shown
         ]
-        lines += ["", *grid([label, *topics], rows)]
-    return lines
+        found.append(([label, *topics], rows))
+    return found
+
+
+def sections(result: Result) -> list[Section]:
+    """Return the tables of policies that a run of steps has."""
+    found = [Section("Balance and bytes", _BALANCE), Section("Experts", _EXPERTS)]
+    if result.scenario.steps.count >= MIN_STEPS:
+        found.append(Section("Control", _CONTROL))
+    if len(result.scenario.timed_steps()):
+        if result.scenario.pipelined:
+            found += [Section("Time of a step", _PIPELINE_TIME), Section("What training costs", _PRICE)]
+        else:
+            found.append(Section("Time of a step", _TIME))
+    return found
+
+
+def note(result: Result) -> str:
+    """Say what the tables' figures are means of."""
+    text = "(floor): MaxVio of a perfectly uniform random gate at this batch size. Means over MoE layers and steps"
+    return text + (", ± 95 % over replicas." if result.scenario.replicas > 1 else "; one replica, so no intervals.")
 
 
 def terminal(result: Result) -> str:
     """Return the whole text of a run of steps."""
-    tables = [_BALANCE, _EXPERTS]
-    parts = [*describe(result.scenario), *titled(result, tables), *_by_topic(result)]
-    tables = [_CONTROL] if result.scenario.steps.count >= MIN_STEPS else []
-    if len(result.scenario.timed_steps()):
-        tables += [_PIPELINE_TIME, _PRICE] if result.scenario.pipelined else [_TIME]
-    parts += titled(result, tables)
-    notes = [
-        "",
-        "(floor): MaxVio of a perfectly uniform random gate at this batch size. Means over MoE layers and steps",
-    ]
-    notes[-1] += ", ± 95 % over replicas." if result.scenario.replicas > 1 else "; one replica, so no intervals."
-    return "\n".join([*parts, *notes, *_moves(result), *remarks_on(result.scenario)])
+    tables = sections(result)
+    parts = [*describe(result.scenario), *titled(result, tables[:2])]
+    parts += [line for head, rows in by_topic(result) for line in ("", *grid(head, rows))]
+    parts += titled(result, tables[2:])
+    moved = [part for line in events(result) for part in textwrap.wrap(line, 120, subsequent_indent="  ")]
+    return "\n".join([*parts, "", note(result), *moved, *remarks_on(result.scenario)])
 
 
-def _moves(result: Result) -> list[str]:
-    """What every policy's moves cost and gained against its counterpart that stays."""
+def events(result: Result) -> list[str]:
+    """What every policy's moves cost and gained against its counterpart that stays, and what one long replica tells by itself."""
     lines = []
     for row in repaid(result):
         found = f"a new placement costs {human(row.cost_s, 's')} and shortens later steps by {human(row.gain_s, 's')}"
         pays = f"repaid in {row.steps:.3g} steps" if math.isfinite(row.steps) else "never repaid"
         lines.append(f"{row.policy}: {found} against {row.against} (mean of {row.moves}): {pays}")
-    return [part for line in lines for part in textwrap.wrap(line, 120, subsequent_indent="  ")]
+    return lines + over_time(result)

@@ -24,7 +24,9 @@ class Generated(RequestSource):
     """Members implement `arrive`."""
 
     input_tokens: TokenCount
+    """Lengths of prompts."""
     output_tokens: TokenCount
+    """Lengths of answers."""
     prefix: SharedPrefix | None = None
     """Prompts that begin alike; null: none do."""
 

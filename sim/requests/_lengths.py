@@ -49,6 +49,7 @@ class Fixed(Lengths):
 
     kind: Literal["fixed"] = "fixed"
     tokens: _Tokens
+    """The length."""
 
     def at(self, probability: F64) -> I64:
         return np.full(len(probability), self.tokens, dtype=np.int64)
@@ -56,7 +57,9 @@ class Fixed(Lengths):
 
 class _Bounded(Lengths):
     min: _Tokens = 1
+    """Shortest length."""
     max: _Tokens = 1_000_000
+    """Longest length."""
 
     @model_validator(mode="after")
     def _order(self) -> Self:
@@ -81,6 +84,7 @@ class Lognormal(_Bounded):
 
     kind: Literal["lognormal"] = "lognormal"
     median: float | None = Field(default=None, gt=0, le=MAX_TOKENS)
+    """Of the lengths; or give the mean."""
     mean: float | None = Field(default=None, gt=0, le=MAX_TOKENS)
     """Instead of the median; before lengths are held to ``min`` and ``max``."""
     sigma: float = Field(ge=0, le=10)
@@ -110,6 +114,7 @@ class Quantiles(Lengths):
 
     kind: Literal["quantiles"] = "quantiles"
     points: Annotated[tuple[tuple[Annotated[float, Field(ge=0, le=1)], _Tokens], ...], Field(min_length=2)]
+    """Pairs [probability, tokens], ascending."""
 
     @model_validator(mode="after")
     def _ascending(self) -> Self:

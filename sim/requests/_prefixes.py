@@ -24,10 +24,13 @@ class SharedPrefix(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     share: float = Field(gt=0, lt=1)
+    """Of all input tokens, those that lie in prefixes."""
     tokens: TokenCount
     """Length of a prefix; a request shorter than its prefix shares all but its last token."""
     prefixes: int = Field(default=100, gt=0, le=1_000_000)
+    """How many there are."""
     zipf: float = Field(default=1.0, ge=0, le=4)
+    """Exponent of their popularity; 0: equal."""
 
     def draw(self, input_tokens: I64, law: Lengths, rng: Callable[[str], np.random.Generator]) -> tuple[I32, I64]:
         """Return prefix [n] int32 and prefix_tokens [n] int64 of requests whose ``input_tokens`` follow ``law``.

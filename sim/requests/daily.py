@@ -23,6 +23,7 @@ class Daily(Generated):
     rate_per_s: float = Field(gt=0, le=1e6)
     """Mean over a period."""
     peak_to_mean: float = Field(default=1.23, ge=1, le=2)
+    """Rate at the peak over the mean."""
     peak_hour: float = Field(default=15.0, ge=0, lt=24)
     """When the peak is, in 24ths of a period."""
     period_s: float = Field(default=86_400.0, ge=1, le=1e7)

@@ -17,6 +17,7 @@ class Saturated(Generated):
 
     kind: Literal["saturated"] = "saturated"
     count: int = Field(gt=0, le=MAX_REQUESTS)
+    """Requests present at the start."""
 
     def expected(self, duration_s: float) -> float:
         return float(self.count)

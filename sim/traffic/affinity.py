@@ -72,14 +72,20 @@ class Affinity(Traffic):
     """Degrees of freedom of the Student-t-like latents; null = Gaussian. Heavy tails and low rank are both needed for
     the measured co-activation and MaxVio."""
     sequence_variance: float = Field(default=0.12, ge=0, le=100)
+    """Variance of the part that is constant within a sequence."""
     slow_variance: float = Field(default=0.10, ge=0, le=100)
+    """Variance of the slow part."""
     slow_correlation: float = Field(default=0.93, ge=0, lt=1)
+    """Correlation of the slow part at neighbouring tokens."""
     fast_variance: float = Field(default=0.68, ge=0, le=100)
+    """Variance of the fast part."""
     fast_correlation: float = Field(default=0.42, ge=0, lt=1)
+    """Correlation of the fast part at neighbouring tokens."""
     correlation_spread: float = Field(default=0.0, ge=0, le=MOST_SPREAD)
     """How the factors' fast parts differ in memory: the log-odds of a factor's correlation are those of
     ``fast_correlation`` plus up to this much, or less by as much. 0 = all alike."""
     token_variance: float = Field(default=0.0, ge=0, le=100)
+    """Variance of the part without memory, or read off the token's id."""
     basis_tail: float = Field(default=0.0, ge=0, le=100)
     """How experts gather on few factors: their normal loadings x become x + basis_tail x^3 (then unit columns again).
     Raises the co-activation of the closest pairs."""
@@ -90,6 +96,7 @@ class Affinity(Traffic):
     iid_variance: float = Field(default=0.10, ge=0, le=100)
     """Full-rank noise, independent over experts, tokens and layers."""
     logit_mean: float = Field(default=0.0, ge=-1000, le=1000)
+    """Mean of all logits; moves sigmoid scores, not softmax ones."""
     logit_scale: float = Field(default=1.1, gt=0, le=100)
     """Standard deviation of a token's logits before topics; 1.05-1.11 matches V2-Lite's and R1's gate weights."""
     scale_spread: float = Field(default=0.0, ge=0, le=1)

@@ -26,6 +26,7 @@ class LayerProfile(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     depth: tuple[float, ...] = (0.0, 0.12, 0.35, 0.8, 1.0)
+    """Knots, from 0 to 1."""
     logit_scale: tuple[float, ...] = (0.37, 0.7, 1.0, 1.1, 1.4)
     """Multiplies ``logit_scale``."""
     temporal: tuple[float, ...] = (0.2, 0.7, 1.0, 0.8, 0.75)
@@ -34,16 +35,25 @@ class LayerProfile(BaseModel):
     """Multiplies every topic's ``popularity_sd``."""
     # What follows replaces the traffic's own value of the same name, where given (`sim.fit` writes it).
     popularity_sd: tuple[float, ...] | None = None
+    """Instead of the traffic's own, at every knot."""
     latent_rank: tuple[float, ...] | None = None
     """Factors at work in a layer, at most the traffic's ``latent_rank``; 4.3 = four and a third one at weight 0.3."""
     sequence_variance: tuple[float, ...] | None = None
+    """Instead of the traffic's own, at every knot."""
     slow_variance: tuple[float, ...] | None = None
+    """Instead of the traffic's own, at every knot."""
     fast_variance: tuple[float, ...] | None = None
+    """Instead of the traffic's own, at every knot."""
     token_variance: tuple[float, ...] | None = None
+    """Instead of the traffic's own, at every knot."""
     basis_tail: tuple[float, ...] | None = None
+    """Instead of the traffic's own, at every knot."""
     iid_variance: tuple[float, ...] | None = None
+    """Instead of the traffic's own, at every knot."""
     memory_spread: tuple[float, ...] | None = None
+    """Instead of the traffic's own, at every knot."""
     scale_spread: tuple[float, ...] | None = None
+    """Instead of the traffic's own, at every knot."""
 
     @model_validator(mode="after")
     def _knots(self) -> Self:

@@ -74,6 +74,7 @@ class Oscillation(BaseModel):
     topics: tuple[str, ...] = Field(min_length=1)
     """Names of leaves or groups."""
     period_steps: float = Field(ge=1, le=1e9)
+    """Steps of a whole period."""
     amplitude: float = Field(ge=0, le=5)
     """In log-weight: weights vary between e^-amplitude and e^amplitude."""
     phase: float = Field(default=0.0, ge=-1, le=1)

@@ -26,6 +26,7 @@ class Phase(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str = Field(min_length=1)
+    """Such as think or answer."""
     share: float = Field(default=1.0, gt=0, le=1e9)
     """Part of the sequence, in proportion to the other phases' shares."""
     popularity_sd: float = Field(default=0.55, ge=0, le=10)
@@ -40,6 +41,7 @@ class Topic(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str = Field(min_length=1)
+    """Of the topic; unique among siblings."""
     weight: float = Field(default=1.0, gt=0, le=1e9)
     """Share of sequences among the siblings; any positive numbers, normalised within the siblings."""
     popularity_sd: float = Field(default=0.3, ge=0, le=10)
@@ -55,6 +57,7 @@ class Topic(BaseModel):
     phases: tuple[Phase, ...] = ()
     """Topics ``name/phase`` that the tokens of a sequence go through, in this order; leaves only."""
     children: tuple[Topic, ...] = ()
+    """Topics of the group."""
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:

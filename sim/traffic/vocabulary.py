@@ -33,6 +33,7 @@ class Vocabulary(BaseModel):
     zipf: float = Field(default=1.0, ge=0, le=4)
     """Exponent; 0 = all ids equally frequent."""
     offset: float = Field(default=2.7, ge=0, le=1e6)
+    """Mandelbrot's; flattens the head of the law."""
     identity: float = Field(default=0.9, ge=0, le=1)
     """Share of the token part's variance that is a function of the id; the rest is the context's, drawn per token."""
 

@@ -79,6 +79,7 @@ class Group:
         self._per_decode = 1 + self.unit.speculative_tokens
         self._resting: Bool | None = None  # ranks whose decodes take no part in the iteration
         self._given, self._asking = 0, np.zeros(n, dtype=np.int64)
+        self._context = 0  # tokens of the contexts of the iteration's decodes, where it is recorded
         self._graphs = np.array(sorted(self.unit.cuda_graph_sizes), dtype=np.int64)
         self._chunks: list[tuple[int, Request, int]] = []
         self.gaps = Gaps(n, world.log, together=self.unit.chunked_prefill)
@@ -244,6 +245,8 @@ class Group:
         self._asking = asking
         work = work_of(self._chunks, asking, context, longest, topics, self._per_decode, self._graphs)
         self.topic_tokens += topics
+        if self.world.log.extra is not None:
+            self._context = int(work.decode_kv_tokens.sum())
         return work
 
     def _grow(self) -> None:
@@ -344,6 +347,8 @@ class Group:
             timed.attention_ps, timed.experts_ps, timed.communication_ps, timed.other_ps,
         )  # fmt: skip
         log.iteration(row, timed.imbalance)
+        if log.extra is not None:
+            log.extra.contexts.append(self._context)
         self.iterations += 1
 
     def _prompt_done(self, rank: int, request: Request, now: int) -> None:

@@ -45,14 +45,25 @@ class _Rows:
         return np.concatenate(self._packed)
 
 
+class Extra:
+    """What no table needs. contexts: tokens of the contexts of the decodes of every iteration, in the order of the log.
+    handovers: (request, group that computed its prompt, group that decodes it, when the prompt was done, when its cache
+    had arrived)."""
+
+    def __init__(self) -> None:
+        self.contexts: list[int] = []
+        self.handovers: list[tuple[int, int, int, int, int]] = []
+
+
 class Log:
     """Iterations in the order of their ends, rests, and gaps in ps with how many requests had them (a weight may be
-    negative). since_ps: gaps that end before are left out."""
+    negative). since_ps: gaps that end before are left out. record: keep what only a timeline shows too."""
 
-    def __init__(self, since_ps: int = 0) -> None:
+    def __init__(self, since_ps: int = 0, record: bool = False) -> None:
         self.since_ps = since_ps
         self._iterations, self._rests, self._gaps = _Rows(len(COLUMNS)), _Rows(len(REST_COLUMNS)), _Rows(2)
         self._imbalance: list[float] = []
+        self.extra = Extra() if record else None
 
     def iteration(self, row: tuple[int, ...], imbalance: float) -> None:
         """Add an iteration, in the order of `COLUMNS`."""

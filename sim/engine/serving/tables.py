@@ -169,7 +169,12 @@ class Tables:
         if self.served.fleet.decode_alone:  # prompts were computed, and paid for, elsewhere
             read = row["prompt_tokens_per_s_per_gpu"] = row["cached_tokens_per_s_per_gpu"] = math.nan
         row["input_tokens_per_s_per_gpu"] = read
-        for name, rate in (("output", row["output_tokens_per_s_per_gpu"]), ("input", read)):
+        output = row["output_tokens_per_s_per_gpu"]
+        for name, rate in (
+            ("output", output),
+            ("input", read),
+            ("tokens", output + (0.0 if math.isnan(read) else read)),
+        ):
             row[f"usd_per_million_{name}"] = usd_per_million(rate * 3600, 1.0, self.price)
         row["decoding_per_rank"] = (
             float((log["decoding"] / self.ranks_of_rows * inside).sum() / busy) if busy else math.nan

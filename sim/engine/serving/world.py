@@ -52,10 +52,11 @@ class World:
         n_topics: int,
         seed: int = 0,
         replica: int = 0,
+        record: bool = False,
     ) -> None:
         self.serving, self.policy, self.n_topics, self.seed, self.replica = serving, policy, n_topics, seed, replica
         self.env = simpy.Environment()
-        self.fleet, self.log = Fleet(sizes), Log(int(to_ps(serving.warmup_s)))
+        self.fleet, self.log = Fleet(sizes), Log(int(to_ps(serving.warmup_s)), record)
         self.queue, self.running, self.handover = Stage("queue"), Stage("running"), Stage("handover")
         self.system = System("all stages")
         self.requests = arriving(requests)
@@ -281,6 +282,9 @@ class World:
             if group.alive[rank]:
                 group.receive(rank)  # others may have been waiting for the room
             return
+        if self.log.extra is not None:
+            source = int(self.fleet.group[request.place])
+            self.log.extra.handovers.append((request.number, source, group.number, request.since_ps, now))
         self._unhold(request)
         request.own, request.place = blocks, place
         self.handover.leave(request, now)

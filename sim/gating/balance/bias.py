@@ -52,6 +52,7 @@ class Bias(Balance):
     per: Literal["all", "modality"] = "all"
     stop_after_step: int | None = Field(default=None, ge=0)
     decay: Literal["constant", "linear"] = "constant"
+    """How the rate reaches 0 at ``stop_after_step``."""
 
     def start(self, shape: GateShape) -> F64:
         rows = len(set(shape.modalities)) if self.per == "modality" else 1

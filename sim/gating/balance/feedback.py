@@ -59,11 +59,17 @@ class Feedback(Balance):
     kind: Literal["feedback"] = "feedback"
     assumes: ClassVar[bool] = True
     settled_gain: float = Field(default=0.5, ge=0, le=1e3)
+    """g in the end."""
     head_start: float = Field(default=30.0, ge=0, le=1e3)
+    """What g is larger by at step 0."""
     head_start_steps: float = Field(default=8.0, ge=1e-3, le=1e9)
+    """Steps over which that falls to 1/e."""
     memory_steps: float = Field(default=100.0, ge=1, le=1e9)
+    """Steps over which u is forgotten."""
     specialisation_rate: float = Field(default=3e-5, ge=0, le=1e3)
+    """Growth of s per step and benefit."""
     logit_spread: float = Field(default=1.0, gt=0, le=1e3)
+    """Standard deviation of one token's logits."""
 
     def start(self, shape: GateShape) -> F64:
         """Return u and s, [2, E]."""

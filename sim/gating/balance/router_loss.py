@@ -54,6 +54,7 @@ class RouterLoss(Balance):
     offset_update_rate: float = Field(default=0.1, gt=0, le=1)
     stop_after_step: int | None = Field(default=None, ge=0)
     decay: Literal["constant", "linear"] = "constant"
+    """How the rate reaches 0 at ``stop_after_step``."""
     samples: ClassVar[bool] = True
 
     @property

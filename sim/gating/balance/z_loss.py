@@ -35,6 +35,7 @@ class ZLoss(RouterLoss):
     kind: Literal["z_loss"] = "z_loss"
     rests_when_even: ClassVar[bool] = False  # it lowers logits, whoever is chosen
     router_z_loss_coef: float = Field(default=1e-3, ge=0, le=1e15)
+    """The coefficient."""
 
     @property
     def coefficient(self) -> float:

@@ -40,6 +40,7 @@ class DeviceBudget(Capacity):
     lots: ClassVar[bool] = True
     n_devices: int | None = Field(default=None, gt=0)
     capacity_factor: float = Field(default=1.0, gt=0, le=1e4)
+    """Budget over the mean number of pairs."""
     protected_share: float = Field(default=0.1, ge=0, le=1)
 
     def for_model(self, model: Model) -> Self:

@@ -39,6 +39,7 @@ class ExpertCapacity(Capacity):
 
     kind: Literal["expert_capacity"] = "expert_capacity"
     capacity_factor: float = Field(default=1.25, gt=0, le=1e4)
+    """Places over the mean number of tokens."""
     min_capacity: int = Field(default=0, ge=0)
     drop_policy: Literal["probs", "position", "batch_prioritized"] = "position"
     pad_to_capacity: bool = False

@@ -35,6 +35,7 @@ class Base(Select):
     causal: ClassVar[bool] = False
     reads: ClassVar[Literal["nothing", "order", "differences", "sizes"]] = "differences"
     training: bool = True
+    """False: each token's best experts, as its inference does."""
 
     def note(self, model: Model) -> str:
         if not self.training:

@@ -38,7 +38,9 @@ class Sinkhorn(Select):
     reads: ClassVar[Literal["nothing", "order", "differences", "sizes"]] = "differences"
     tolerance: float = Field(default=1e-4, gt=0, le=1)
     max_iterations: int = Field(default=500, gt=0, le=100_000)
+    """At which the iteration stops in any case."""
     training: bool = True
+    """False: plain top-k, as its inference does."""
 
     def note(self, model: Model) -> str:
         if not self.training:

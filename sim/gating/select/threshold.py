@@ -32,7 +32,9 @@ class Threshold(Select):
     reads: ClassVar[Literal["nothing", "order", "differences", "sizes"]] = "sizes"
     varies: ClassVar[bool] = True
     threshold: float = Field(default=0.5, ge=0, le=1e6)
+    """Smallest (biased) score that is chosen."""
     min_experts: int = Field(default=1, ge=0)
+    """Experts that a token gets in any case."""
     max_experts: int | None = Field(default=None, gt=0)
 
     def problems(self, model: Model) -> list[tuple[str, str]]:

@@ -32,6 +32,7 @@ class TopP(Select):
     reads: ClassVar[Literal["nothing", "order", "differences", "sizes"]] = "sizes"
     varies: ClassVar[bool] = True
     p: float = Field(default=0.4, gt=0, le=1)
+    """Share of a token's affinity that its experts hold together."""
     max_experts: int | None = Field(default=None, gt=0)
 
     def problems(self, model: Model) -> list[tuple[str, str]]:

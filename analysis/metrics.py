@@ -1,0 +1,147 @@
+"""How the summary's figures are named on axes, and the points that a run or a sweep has in them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from sim.results import Metric, Result, metrics_of
+from sim.statistics import half_width
+from sim.tokens import F64, Bool
+
+AXES = {
+    "max_vio_batch": ("MaxVio of a batch", "max/mean - 1"),
+    "max_vio_global": ("MaxVio over all steps", "max/mean - 1"),
+    "max_vio_late": ("MaxVio, last quarter", "max/mean - 1"),
+    "device_max_over_mean": ("imbalance of ranks", "max/mean"),
+    "imbalance_mean": ("imbalance of ranks", "max/mean"),
+    "kept_affinity": ("kept affinity", "share of top-k's"),
+    "kept_against_oracle": ("kept affinity", "share of an oracle's"),
+    "inter_node_bytes": ("between nodes", "GB per step"),
+    "step_time_s": ("step time", "ms"),
+    "step_and_moves_s": ("step time with moves", "ms"),
+    "memory_bytes": ("memory of a device", "GB"),
+    "nodes_per_token": ("nodes of a token", "nodes"),
+    "devices_per_token": ("devices of a token", "devices"),
+    "experts_per_token": ("experts of a token", "experts"),
+    "least_share": ("load of the least-updated expert", "mean = 1"),
+    "settling_step": ("settled", "step"),
+    "usd_per_million_tokens": ("price", "USD per million tokens"),
+    "usd_per_trillion": ("price", "USD per 1e12 tokens"),
+    "tokens_per_s_per_gpu": ("throughput", "tokens/s/GPU"),
+    "output_tokens_per_s_per_gpu": ("output", "tokens/s/GPU"),
+    "input_tokens_per_s_per_gpu": ("input", "tokens/s/GPU"),
+    "user_tokens_per_s": ("rate of one user", "tokens/s"),
+    "goodput_per_s": ("goodput", "requests/s"),
+}
+"""Names on axes, with the unit after ``Metric.scale``. Others take the summary's own label, see `axis_label`."""
+UNITS = ("ms", "s", "GB", "GB /step", "%", "TFLOP/s")
+
+
+def axis_label(metric: Metric) -> str:
+    """Return the name of an axis with its unit in brackets.
+
+    >>> axis_label(Metric("waiting_s", "waiting ms", 4, 1e3)), axis_label(Metric("churn", "churn", 3))
+    ('waiting [ms]', 'churn [1]')
+    """
+    if metric.name in AXES:
+        name, unit = AXES[metric.name]
+        return f"{name} [{unit}]"
+    for unit in UNITS:
+        if metric.label.endswith(f" {unit}"):
+            return f"{metric.label.removesuffix(unit).strip()} [{unit.replace(' ', '')}]"
+    name, slash, unit = metric.label.partition(" /")
+    return f"{name} [/{unit}]" if slash else f"{name} [1]"
+
+
+def metric_named(metrics: tuple[Metric, ...], name: str) -> Metric:
+    """Return the metric ``name``; raises KeyError that lists the known ones for a stranger."""
+    for metric in metrics:
+        if metric.name == name:
+            return metric
+    raise KeyError(f"no metric {name!r}; there are {', '.join(metric.name for metric in metrics)}")
+
+
+def metrics_in(source: Any) -> tuple[Metric, ...]:
+    """Return the metrics of a result, or of a sweep, which carries its own."""
+    found: tuple[Metric, ...] = metrics_of(source.scenario) if isinstance(source, Result) else source.metrics
+    return found
+
+
+@dataclass(frozen=True)
+class Points:
+    """Means and half-widths of some metrics: one row per policy of a result, or per point and policy of a sweep.
+
+    table: ``policy`` and, for a sweep, its axes; then NAME and NAME_half for every metric asked for, in its unit on axes.
+    policies: in their order. axes: those of the sweep that take several values.
+    """
+
+    table: pd.DataFrame
+    policies: list[str]
+    axes: list[str]
+
+
+def points(source: Any, names: list[str]) -> Points:
+    """Return where ``source``, a `Result` or a sweep, lies in the metrics ``names``. Raises KeyError for a stranger."""
+    metrics = [metric_named(metrics_in(source), name) for name in dict.fromkeys(names)]
+    if isinstance(source, Result):
+        policies = [policy.name for policy in source.scenario.policies]
+        summary = source.summary().set_index(["metric", "policy"])
+        table = pd.DataFrame({"policy": policies})
+        for metric in metrics:
+            rows = summary.loc[metric.name].loc[policies]
+            table[metric.name] = rows["mean"].to_numpy(float) * metric.scale
+            table[f"{metric.name}_half"] = rows["half_width"].to_numpy(float) * metric.scale
+        return Points(table, policies, [])
+    axes = [key for key, values in source.axes.items() if len(values) > 1]
+    return Points(by_group(source.runs, ["point", *axes, "policy"], metrics), list(source.policies), axes)
+
+
+def by_group(runs: pd.DataFrame, keys: list[str], metrics: list[Metric]) -> pd.DataFrame:
+    """Return mean and 95 % half-width over replicas of ``metrics`` in every group of ``runs``, in order of appearance."""
+    rows = []
+    for key, group in runs.groupby(keys, sort=False, dropna=False):
+        row: dict[str, Any] = dict(zip(keys, key if isinstance(key, tuple) else (key,), strict=True))
+        for metric in metrics:
+            values = group[metric.name].to_numpy(float) * metric.scale
+            row[metric.name], row[f"{metric.name}_half"] = float(values.mean()), half_width(values)
+        rows.append(row)
+    columns = [*keys, *(f"{metric.name}{end}" for metric in metrics for end in ("", "_half"))]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def key_name(key: str) -> str:
+    """Return the last part of a scenario's path, as axes and labels name it.
+
+    >>> key_name("policies.*.select.topk_group")
+    'topk_group'
+    """
+    return key.rsplit(".", 1)[-1]
+
+
+def value_name(value: Any) -> str:
+    """Return a value of an axis as labels show it."""
+    if isinstance(value, dict):
+        return str(value.get("name") or value.get("kind") or value)
+    if isinstance(value, bool | np.bool_):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, int | float | np.number) else str(value)
+
+
+def front(x: F64, y: F64, better: tuple[str, str]) -> Bool:
+    """Return [n] whether a point is on the Pareto front of ``x`` and ``y`` [n], of each of which the ``better``
+    direction is "lower" or "higher": no other one is at least as good in both and better in one. NaN never is.
+
+    >>> front(np.array([1.0, 2.0, 3.0]), np.array([1.0, 3.0, 2.0]), ("lower", "higher")).tolist()
+    [True, True, False]
+    """
+    cost = np.stack([v if way == "lower" else -v for v, way in zip((x, y), better, strict=True)], axis=1)
+    known = np.isfinite(cost).all(axis=1)
+    no_worse = (cost[:, None] <= cost[None]).all(axis=2)
+    ahead = (cost[:, None] < cost[None]).any(axis=2)
+    dominated: Bool = (no_worse & ahead & known[:, None]).any(axis=0)
+    found: Bool = known & ~dominated
+    return found

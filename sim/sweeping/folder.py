@@ -1,0 +1,110 @@
+"""The folder of a sweep: who may write it, and what is already there."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sim.sweeping import dataset
+from sim.sweeping.manifest import definition, differences
+from sim.sweeping.points import Plan
+
+SHOWN = 20  # differences
+
+
+class Refused(Exception):
+    """A folder that is in use, or holds another sweep; the text says what to do."""
+
+
+@contextmanager
+def opened(plan: Plan, folder: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
+    """Hold the folder of a sweep, made ready for its parts. Raises Refused or OSError, and leaves all as it was."""
+    from filelock import FileLock, Timeout
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.parent / f".{folder.name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise Refused(f"{folder}: another sweep is writing here; wait for it, or choose another --name") from None
+    try:
+        for stray in folder.parent.glob(f".{folder.name}.old.*"):  # of an --overwrite that was killed
+            shutil.rmtree(stray, ignore_errors=True)
+        new = definition(plan)
+        if (folder / "sweep.json").exists():
+            if overwrite:
+                _remove(folder)
+            elif resume:
+                _compare(folder, new)
+            else:
+                parts = sum(1 for _ in folder.glob("runs/*/part.parquet"))
+                raise Refused(
+                    f"{folder}: holds a sweep already ({parts} of {len(read_definition(folder)['runs'])} points done): "
+                    "--resume goes on with it, --overwrite starts again, --name gives this one another folder"
+                )
+        elif folder.exists() and any(not path.name.startswith(dataset.STRAY) for path in folder.iterdir()):
+            raise Refused(f"{folder}: exists and is no sweep: choose another --name")
+        folder.mkdir(exist_ok=True)
+        for stray in folder.glob(f"{dataset.STRAY}*"):
+            stray.unlink()
+        if not (folder / "sweep.json").exists():
+            _write(plan, folder, new)
+        yield
+    finally:
+        lock.release()
+
+
+def _write(plan: Plan, folder: Path, new: dict[str, Any]) -> None:
+    """Write the definition; with it the folder becomes a sweep's."""
+    skipped = [point for point in plan.points if point.skipped]
+
+    def fill_skipped(path: Path) -> None:
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["point", *(axis.key for axis in plan.axes), "reason"])
+            writer.writerows([point.index, *point.values, point.skipped] for point in skipped)
+
+    def fill(path: Path) -> None:
+        path.write_text(json.dumps(new, indent=1) + "\n", encoding="utf-8")
+
+    if skipped:
+        dataset.put(folder, folder / "skipped.csv", fill_skipped)
+    dataset.put(folder, folder / "sweep.json", fill)
+
+
+def _remove(folder: Path) -> None:
+    aside = folder.parent / f".{folder.name}.old.{os.getpid()}"
+    os.replace(folder, aside)
+    shutil.rmtree(aside)
+
+
+def _compare(folder: Path, new: dict[str, Any]) -> None:
+    old = read_definition(folder)
+    if old.get("format") != new["format"]:
+        raise Refused(f"{folder}: was written by another version of gatesim: choose another --name")
+    found = differences(old, json.loads(json.dumps(new)))
+    if found:
+        lines = [f"  {line}" for line in found[:SHOWN]]
+        lines += [f"  and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
+        raise Refused(
+            "\n".join([f"{folder}: holds another sweep; since then, what it is has changed:", *lines])
+            + "\nundo that to go on with it; --overwrite starts again, --name gives this one another folder"
+        )
+
+
+def read_definition(folder: Path) -> dict[str, Any]:
+    """Return what ``sweep.json`` says. Raises FileNotFoundError, and ValueError for a damaged one."""
+    path = folder / "sweep.json"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: damaged: {error}") from None
+    if not isinstance(data, dict) or "runs" not in data:
+        raise ValueError(f"{path}: is no sweep")
+    return data

@@ -1,0 +1,191 @@
+"""Running the points of a sweep: what is left to do, on whom, and how far it is."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sim import backends
+from sim.backends import TRIES, Lost
+from sim.estimate import Estimate
+from sim.results import Table
+from sim.sweeping import dataset
+from sim.sweeping.evaluate import PointFailed, attempt
+from sim.sweeping.folder import opened
+from sim.sweeping.points import Plan, Point
+from sim.sweeping.sweep import Sweep, in_memory, read
+from sim.workers import processes
+
+MAX_SECONDS = 24 * 3600.0
+"""A sweep that takes more than a day deserves a second look."""
+
+
+class PointLost(Exception):
+    """A point whose worker was killed every time."""
+
+
+class TooLong(Exception):
+    """A sweep beyond the limits; the text says by how much and what to lower."""
+
+
+def run(
+    plan: Plan,
+    folder: Path | None,
+    *,
+    jobs: int | None = None,
+    backend: str = "local",
+    address: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    force: bool = False,
+    progress: bool = False,
+) -> Sweep:
+    """Run the points that have not run yet, and return the sweep.
+
+    folder: where it is written, point by point; None: nowhere. Raises `Refused`, `TooLong`, `PointFailed`, `Lost`,
+    ValueError and OSError; parts that were written stay.
+    """
+    schema = dataset.schema(plan.values, [metric.name for metric in plan.metrics])
+    if folder is None:
+        tables: dict[int, Any] = {}
+        todo = _together(plan.running)
+        for points, rows in _results(plan, todo, jobs, backend, address, force, progress):
+            tables |= {point.index: dataset.part(schema, point.values, rows) for point in points}
+        return in_memory(plan, schema, tables)
+    with opened(plan, folder, resume=resume, overwrite=overwrite):
+        left = [
+            point
+            for point in plan.running
+            if not dataset.done(folder, point.index, schema, len(point.policies) * point.replicas)
+        ]
+        for points, rows in _results(plan, _together(left), jobs, backend, address, force, progress):
+            for point in points:
+                dataset.write(folder, point.index, dataset.part(schema, point.values, rows))
+    return read(folder)
+
+
+def _together(points: Sequence[Point]) -> list[list[Point]]:
+    """Points by run, the longest runs first: so the last process to finish is not late by much."""
+    runs: dict[str, list[Point]] = {}
+    for point in points:
+        runs.setdefault(point.run, []).append(point)
+    return sorted(runs.values(), key=lambda points: -_expected(points[0]).seconds)
+
+
+def _expected(point: Point) -> Estimate:
+    assert point.expected is not None
+    return point.expected
+
+
+def total(todo: Sequence[Sequence[Point]]) -> Estimate:
+    """Estimate runs: seconds are of all on one core, memory is of the largest."""
+    parts = [_expected(points[0]) for points in todo]
+    return Estimate(
+        sum(part.token_layers for part in parts),
+        sum(part.events for part in parts),
+        max((part.memory_bytes for part in parts), default=1.0),
+        sum(part.seconds for part in parts),
+        "",
+    )
+
+
+def expected(plan: Plan) -> Estimate:
+    """Estimate all runs of a plan; see `total`."""
+    return total(_together(plan.running))
+
+
+def check(plan: Plan, todo: Sequence[Sequence[Point]], workers: int) -> None:
+    """Raise TooLong if a point, or all together on ``workers``, exceed the limits."""
+    big = [points[0] for points in todo if _expected(points[0]).too_big]
+    if big:
+        lines = [f"{plan.named(point)}: too big: {_expected(point).reason}" for point in big[:3]]
+        lines += [f"and {len(big) - 3} more points"] if len(big) > 3 else []
+        raise TooLong("\n".join([*lines, "--force runs them all the same"]))
+    seconds = total(todo).seconds / max(1, min(workers, len(todo)))
+    if seconds > MAX_SECONDS:
+        knobs = [f"{key} ({len(values)} values)" for key, values in plan.values.items()]
+        replicas = plan.scenario.replicas
+        knobs += [f"replicas = {replicas}"] if replicas > 1 else []
+        raise TooLong(
+            f"{len(todo)} runs take about {seconds / 3600:.3g} hours on {workers} process{'es' * (workers > 1)}, over "
+            f"{MAX_SECONDS / 3600:g}: lower {' or '.join(knobs)}, draw fewer points (--design sobol --points N), or give it "
+            "more --jobs or machines (--backend); --force runs it all the same"
+        )
+
+
+def _results(
+    plan: Plan,
+    todo: Sequence[Sequence[Point]],
+    jobs: int | None,
+    backend: str,
+    address: str | None,
+    force: bool,
+    progress: bool,
+) -> Iterator[tuple[Sequence[Point], Table]]:
+    """Yield points of one run with their rows, as runs end."""
+    kind = backends.get(backend)
+    asked = processes(jobs, len(todo), total(todo)) if backend == "local" else jobs
+    if not todo:
+        return
+    with kind(asked, address) as engine:
+        if not force:
+            check(plan, todo, engine.workers)
+        with _bar(todo, progress) as advance:
+            try:
+                for index, rows in engine.run(attempt, _Items(todo)):
+                    yield todo[index], rows
+                    advance(index)
+            except PointFailed as error:
+                raise ValueError(f"{plan.named(todo[error.index][0])}: {error.text}") from None
+            except Lost as error:
+                raise PointLost(
+                    f"{plan.named(todo[error.index][0])}: its worker was killed {TRIES} times, out of memory most likely: "
+                    "try fewer --jobs"
+                ) from None
+
+
+class _Items(Sequence[Any]):
+    """Scenario data of runs, made when they start: thousands of scenarios at once would take gigabytes."""
+
+    def __init__(self, todo: Sequence[Sequence[Point]]) -> None:
+        self.todo = todo
+
+    def __len__(self) -> int:
+        return len(self.todo)
+
+    def __getitem__(self, index: Any) -> Any:
+        return index, json.loads(self.todo[index][0].data)
+
+
+@contextmanager
+def _bar(todo: Sequence[Sequence[Point]], progress: bool) -> Iterator[Callable[[int], None]]:
+    """Give a function to call with each run that has ended. The bar's time left goes by what the runs were estimated to
+    take, for they may differ a hundredfold; without a terminal it says something every half minute."""
+    if not progress:
+        yield lambda index: None
+        return
+    from tqdm import tqdm
+
+    seconds = [_expected(points[0]).seconds for points in todo]
+    watched = sys.stderr.isatty()
+    with tqdm(
+        total=sum(seconds),
+        bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left",
+        desc=f"0 of {len(todo)} runs",
+        file=sys.stderr,
+        leave=False,
+        delay=0.0 if watched else 30.0,
+        mininterval=0.1 if watched else 30.0,
+    ) as bar:
+        ended = itertools.count(1)
+
+        def advance(index: int) -> None:
+            bar.set_description_str(f"{next(ended)} of {len(todo)} runs", refresh=False)
+            bar.update(seconds[index])
+
+        yield advance

@@ -1,0 +1,83 @@
+"""What documents say, run: fenced blocks of Markdown, commands made small, links and anchors."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.test_scenarios import FILES, reduced
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Block(NamedTuple):
+    """A fenced block. file: where its first line says it lies, or nothing. extra: arguments that make its commands small."""
+
+    language: str
+    text: str
+    file: str
+    extra: list[str]
+
+
+def blocks(text: str, language: str = "") -> list[Block]:
+    """Return the fenced blocks of a document, in order; of one language if given.
+
+    A first line such as ``# scenarios/mine.yaml`` names the block's file. A comment ``<!-- small: ARGS -->`` above a block
+    says with which further arguments a test runs its commands.
+    """
+    found = []
+    for match in re.finditer(r"(?:^<!-- small: (.*?) -->\n+)?^```(\w+)\n(.*?)^```$", text, flags=re.M | re.S):
+        small, kind, body = match.groups()
+        named = re.match(r"# ([\w./-]+\.(?:yaml|py))(?: .*)?\n", body)
+        found.append(Block(kind, body, named[1] if named else "", shlex.split(small or "")))
+    return [block for block in found if language in ("", block.language)]
+
+
+def commands(block: Block) -> list[list[str]]:
+    """Return the commands of a shell block as words; a backslash joins lines."""
+    lines = block.text.replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def small(words: list[str], extra: list[str]) -> list[str]:
+    """Return the arguments of ``python -m MODULE ARGS`` with what makes a shipped scenario run in a second."""
+    args = words[3:]
+    if words[2] in ("sim.run", "sim.sweep", "sim.optimize", "sim.sensitivity") and not extra:
+        names = [Path(arg).stem for arg in args if re.fullmatch(r"scenarios/\w+\.yaml", arg)]
+        for name in names:
+            if name in FILES and name != "tiny":
+                extra = [word for value in reduced(name) for word in ("--set", value)]
+    return [*args, *extra]
+
+
+def run(words: list[str], extra: list[str]) -> int:
+    """Run ``python -m MODULE ARGS`` in this process; return its exit status."""
+    assert words[:2] == ["python", "-m"], words
+    return int(importlib.import_module(words[2]).main(small(words, extra)))
+
+
+def anchors(text: str) -> set[str]:
+    """Return GitHub's anchors of a document's headings."""
+    found: dict[str, int] = {}
+    made = set()
+    for heading in re.findall(r"^#{1,6} (.*)$", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S), flags=re.M):
+        plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "")
+        slug = re.sub(r"[^\w\- ]", "", plain.lower()).replace(" ", "-")
+        count = found.get(slug, 0)
+        found[slug] = count + 1
+        made.add(f"{slug}-{count}" if count else slug)
+    return made
+
+
+def links(text: str) -> list[str]:
+    """Return the targets of a document's links and pictures, addresses of the web left out."""
+    bare = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
+    return [target for target in re.findall(r"\]\(([^)\s]+)\)", bare) if "://" not in target]
+
+
+def words_of(text: str) -> list[str]:
+    """Return the words of three letters and more of a quoted output."""
+    return re.findall(r"[^\W\d_]{3,}", text)
