@@ -41,7 +41,7 @@ from sim.tokens import F64
 
 GATED = "no policy of this result has routed experts"
 # Points of a curve: longer runs are drawn as means of equal blocks of steps.
-POINTS = 200
+POINTS = 100
 STOP: Any = {"marker": "v", "markersize": 5, "linestyle": ""}
 SETTLED: Any = {"marker": "o", "markersize": 6, "fillstyle": "none", "linestyle": "", "markeredgewidth": 1.3}
 
@@ -84,7 +84,7 @@ def settling(source: Result | Mapping[str, Result], policy: str | None = None, *
             axis.axhline(floor, color=FLOOR, linestyle=":", linewidth=1)
         _log(axis)
         axis.set_xlabel("step [batches]")
-        axis.set_ylabel("MaxVio of a batch [max/mean - 1]")
+        axis.set_ylabel("MaxVio of a batch" + (" " if wide else "\n") + "[max/mean - 1]")
         axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axis.margins(x=0.02)
         legend_below(figure, handles, known)
@@ -129,8 +129,10 @@ def _log(axis: Axes) -> None:
     axis.set_yscale("log")
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     low, high = axis.get_ylim()
-    few = high / low < 30
-    axis.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:.2g}" if few and f"{value:e}"[0] in "25" else ""))
+    few = high / low < 60
+    axis.yaxis.set_minor_formatter(
+        FuncFormatter(lambda value, _: f"{value:.2g}" if few and f"{value:e}"[0] in "25" else "")
+    )
 
 
 def collapse(result: Result, *, width_in: float = WIDTH_IN) -> Figure:
@@ -144,16 +146,21 @@ def collapse(result: Result, *, width_in: float = WIDTH_IN) -> Figure:
     names = [name for name in policy_names(result) if (layers.policy == name).any()]
     wide = width_in > COLUMN_IN
     labels = [wrapped(name, 26 if wide else 18) for name in names]
-    bars_in = row_in(labels) * len(names) + 0.5
+    bars_in = 0.7 * row_in(labels) * len(names) + 0.6
     panels = (("max_vio", "MaxVio of a batch\n[max/mean - 1]"), ("least_share", "least-used expert\n[mean = 1]"))
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(width_in, (2.1 if wide else 3.4) + bars_in + 0.4), layout="constrained")
-        above, below = figure.subfigures(2, 1, height_ratios=(2.1 if wide else 3.4, bars_in))
+        parts: Any = figure.subfigures(2, 1, height_ratios=(2.1 if wide else 3.4, bars_in))
+        above, below = parts
         axes = above.subplots(1 if wide else 2, 2 if wide else 1, sharex=True, squeeze=False)
         for axis, (column, label) in zip(axes.flat, panels, strict=True):
             for i, name in enumerate(names):
                 by_layer = (
-                    layers[layers.policy == name].groupby(["step", "layer"])[column].mean().unstack("layer").astype(float)
+                    layers[layers.policy == name]
+                    .groupby(["step", "layer"])[column]
+                    .mean()
+                    .unstack("layer")
+                    .astype(float)
                 )
                 x, mean = _blocks(by_layer.mean(axis=1).to_numpy(float))
                 style = line_style(i, len(names))
@@ -167,13 +174,13 @@ def collapse(result: Result, *, width_in: float = WIDTH_IN) -> Figure:
             axis.margins(x=0.02)
         for axis in axes[-1]:
             axis.set_xlabel("step [batches]")
-        _starved(below.subplots(), result, names, labels)
+        _starved(below.subplots(), result, names, labels, width_in)
     return finished(figure)
 
 
-def _starved(axis: Axes, result: Result, names: list[str], labels: list[str]) -> None:
+def _starved(axis: Axes, result: Result, names: list[str], labels: list[str], width_in: float) -> None:
     """Draw two bars per policy, dead within starved; the stub at the left is its line above."""
-    rows = np.arange(len(names))[::-1]
+    rows, inch = np.arange(len(names))[::-1], 1 / (width_in - 1.9)  # in widths of the axis, about
     dead, starved = (by_policy(result, metric).loc[names] * 100 for metric in ("starved_1pct", "starved_10pct"))
     for i, (row, name) in enumerate(zip(rows, names, strict=True)):
         style = line_style(i, len(names))
@@ -182,12 +189,14 @@ def _starved(axis: Axes, result: Result, names: list[str], labels: list[str]) ->
         half = starved["half_width"][name]
         if np.isfinite(half):
             axis.errorbar(starved["mean"][name], row, xerr=half, fmt="none", ecolor="0.2", capsize=2, elinewidth=1)
-        axis.plot([-0.07, -0.012], [row, row], transform=axis.get_yaxis_transform(), clip_on=False, **style)
+        axis.plot([-0.3 * inch, -0.05 * inch], [row, row], transform=axis.get_yaxis_transform(), clip_on=False, **style)
     axis.set_yticks(rows, labels)
-    axis.tick_params(axis="y", length=0, pad=24)
+    axis.tick_params(axis="y", length=0, pad=32, labelsize=8)
     axis.set_ylim(-0.6, len(names) - 0.4)
     axis.set_xlim(0, max(5.0, 1.1 * float(np.nanmax(starved["mean"] + starved["half_width"].fillna(0)))))
-    axis.set_xlabel("experts below 10 % of the mean load (dark: 1 %) [%]")
+    axis.set_xlabel(
+        wrapped("experts below 10 % of the mean load (dark: below 1 %) [%]", 64 if width_in > COLUMN_IN else 34)
+    )
 
 
 SCOPES = {
@@ -221,7 +230,9 @@ def scopes(result: Result, *, width_in: float = WIDTH_IN) -> Figure:
         summary = result.summary()
         for i, (name, colour) in enumerate(zip(names, colours(len(names)), strict=True)):
             x = np.arange(len(shown)) + 0.6 * ((i + 0.5) / len(names) - 0.5)
-            mean, half = (np.array([found[scope][of][name] for scope in shown], dtype=float) for of in ("mean", "half_width"))
+            mean, half = (
+                np.array([found[scope][of][name] for scope in shown], dtype=float) for of in ("mean", "half_width")
+            )
             look: dict[str, Any] = {"fmt": MARKERS[i % len(MARKERS)], "color": colour, "capsize": 2, "markersize": 5}
             handles.append(axis.errorbar(x, mean, yerr=np.nan_to_num(half), elinewidth=1, **look))
         for at, scope in enumerate(shown):

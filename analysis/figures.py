@@ -1,46 +1,53 @@
 """One function per figure. Each takes a `sim.results.Result` and returns a Matplotlib figure, ready to save as vector.
 
-    python -m analysis.figures RUN_FOLDER_OR_SCENARIO OUT [--figure NAME] [--set KEY=VALUE]
+    python -m analysis.figures SOURCE OUT [--figure NAME] [--width 3.5] [--set KEY=VALUE]
 
-Figures are 7 inches wide, in colours that colour-blind readers can tell apart; every axis names its unit. Intervals are
-the summary's: 95 % over replicas. Balance is drawn beside the floor that a uniformly random gate would show. The command
-line also knows the figures of `analysis.placement` and `analysis.serving`.
+SOURCE is the folder of a stored run or of a sweep, or a scenario that is run for it. Figures are 7 inches wide, or as
+narrow as a column (``width_in=3.5``), in colours that colour-blind readers can tell apart; every axis names its unit.
+Intervals are the summary's: 95 % over replicas. Balance is drawn beside the floor that a uniformly random gate would show.
+The command line knows the figures of all modules of this package; ``--list`` prints them.
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
+import re
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 import sim
-from analysis import placement, serving
+from analysis import dynamics, placement, roofline, serving, sweeps, topology, tradeoffs
+from analysis.heatmaps import load_heatmap, topic_heatmap
 from analysis.style import (
+    COLUMN_IN,
     FLOOR,
     MARKERS,
     STYLE,
     WIDTH_IN,
-    asked_policies,
     by_policy,
     canvas,
     colours,
     finished,
+    legend_below,
+    legend_shape,
     need,
     policy_names,
     row_in,
     wrapped,
 )
 from sim import store
+from sim.console import guarded
 from sim.estimate import TooBig
 from sim.results import Result
 from sim.statistics import half_width
@@ -64,7 +71,7 @@ PIPELINE_PARTS = {
 FEW_STEPS = 12
 
 
-def tradeoff(result: Result) -> Figure:
+def tradeoff(result: Result, *, width_in: float = WIDTH_IN) -> Figure:
     """Show kept affinity, imbalance, inter-node traffic and step time side by side, one row of dots per policy.
 
     Grey ticks beside MaxVio are the floor of a uniformly random gate at the same batch size. A policy without a metric
@@ -77,18 +84,21 @@ def tradeoff(result: Result) -> Figure:
         ("step_time_s", "step time\n[ms]", 1e3, "← better"),
     ]
     names = policy_names(result)
-    labels = [wrapped(name, 24) for name in names]
+    wide = width_in > COLUMN_IN
+    labels = [wrapped(name, 24 if wide else 17) for name in names]
     rows = np.arange(len(names))[::-1]
+    down = 1 if wide else 2
+    row_of_names_in = row_in(labels) * (1.0 if wide else 0.85)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
-            1,
-            len(panels),
-            figsize=(WIDTH_IN, 1.05 + row_in(labels) * len(names)),
+            down,
+            len(panels) // down,
+            figsize=(width_in, (1.05 + row_of_names_in * len(names)) * down),
             sharey=True,
             squeeze=False,
             layout="constrained",
         )
-        for axis, (metric, label, scale, better) in zip(axes[0], panels, strict=True):
+        for axis, (metric, label, scale, better) in zip(axes.flat, panels, strict=True):
             data = by_policy(result, metric)
             mean, half = data["mean"].to_numpy(float) * scale, data["half_width"].to_numpy(float) * scale
             for row, x, error, colour in zip(rows, mean, half, colours(len(names)), strict=True):
@@ -119,131 +129,12 @@ def tradeoff(result: Result) -> Figure:
             axis.tick_params(axis="x", labelsize=8)
             if np.isfinite(mean).any():
                 axis.xaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
-        axes[0, 0].set_yticks(rows, labels)
+        for axis in axes[:, 0]:
+            axis.set_yticks(rows, labels, fontsize=9 if wide else 8)
     return finished(figure)
 
 
-def load_heatmap(
-    result: Result, policies: Sequence[str] | str | None = None, *, by_load: bool = True, replica: int = 0
-) -> Figure:
-    """Map load / mean of every expert and MoE layer in one replica, one panel per policy, over all its steps.
-
-    by_load: sort the experts of every layer by load, else keep their index. Shades are logarithmic and symmetric about
-    the mean; the rarest 1 % may lie beyond the scale's ends. Raises KeyError for an unknown policy or replica, and
-    ValueError if no policy has routed experts.
-    """
-    asked = asked_policies(result, policies)
-    if not 0 <= replica < result.scenario.replicas:
-        raise KeyError(f"no replica {replica}; there are {result.scenario.replicas}")
-    experts = result.experts
-    if experts.empty:
-        raise ValueError("no policy of this result has routed experts")
-    need(experts, "experts", ("policy", "replica", "layer", "expert", "tokens"))
-    relative: dict[str, pd.DataFrame] = {}
-    for name in asked:
-        rows = experts[(experts.policy == name) & (experts.replica == replica)]
-        if len(rows):
-            loads = rows.pivot(index="layer", columns="expert", values="tokens").astype(float)
-            share = loads.div(loads.mean(axis=1), axis=0)
-            if by_load:
-                share.loc[:, :] = np.sort(share.to_numpy(), axis=1)[:, ::-1]
-            relative[name] = share
-    if not relative:
-        raise ValueError(f"{', '.join(asked)}: no routed experts")
-    x = "expert [rank by load]" if by_load else "expert [index]"
-    return _heatmaps(relative, x, "layer [index]", "load [mean of layer = 1]")
-
-
-def topic_heatmap(
-    result: Result, policies: Sequence[str] | str | None = None, *, layer: int | None = None, replica: int = 0
-) -> Figure:
-    """Map the relative load of every expert within each topic, one panel per policy (as DeepSeek-V3 report, Figure 9).
-
-    layer: a MoE layer of the model; by default the middle one. Experts are ordered by the topic that likes them most, the
-    same way in every panel, so that specialisation shows as blocks. Needs a run with ``steps.record_topic_experts: true``
-    and several topics; raises KeyError for an unknown policy, layer or replica, and ValueError without such loads.
-    """
-    asked = asked_policies(result, policies)
-    topics = result.topics
-    if topics.empty or "expert_tokens" not in topics:
-        raise ValueError("no expert loads by topic: run several topics with steps.record_topic_experts: true")
-    layers = sorted(int(number) for number in topics.layer.unique())
-    chosen = layers[len(layers) // 2] if layer is None else layer
-    topics = topics[(topics.layer == chosen) & (topics.replica == replica) & topics.policy.isin(asked)]
-    if topics.empty:
-        raise KeyError(f"no layer {chosen} of replica {replica}; there are layers {layers}")
-    relative: dict[str, pd.DataFrame] = {}
-    for name in asked:
-        rows = topics[topics.policy == name]
-        if len(rows):
-            loads = (
-                pd.DataFrame(np.stack(rows.expert_tokens.to_list()), index=rows.topic)
-                .groupby(level=0, sort=False)
-                .sum()
-            )
-            relative[name] = loads.div(loads.mean(axis=1), axis=0)
-    first = next(iter(relative.values())).to_numpy()
-    order = np.lexsort((-first.max(axis=0), first.argmax(axis=0)))
-    relative = {
-        name: share.iloc[:, order] if share.shape[1] == len(order) else share for name, share in relative.items()
-    }
-    x = f"expert of layer {chosen} [by the topic that likes it most]"
-    return _heatmaps(relative, x, "", "load [mean of topic = 1]")
-
-
-def _heatmaps(relative: dict[str, pd.DataFrame], x: str, y: str, label: str) -> Figure:
-    """Draw one panel per policy of load / mean; rows are layers (numbers) or topics (names). Shades are logarithmic and
-    symmetric about the mean; the rarest 1 % may lie beyond the scale's ends."""
-    everything = np.concatenate([share.to_numpy().ravel() for share in relative.values()])
-    distance = np.abs(np.log(np.maximum(everything, 1e-3)))
-    limit = float(np.clip(np.exp(np.nanpercentile(distance, 99)), 1.25, 10))
-    columns = min(3, len(relative))
-    n_rows = -(-len(relative) // columns)
-    alike = len({share.shape for share in relative.values()}) == 1
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(
-            n_rows,
-            columns,
-            figsize=(WIDTH_IN, 0.6 + 1.75 * n_rows),
-            sharex=alike,
-            sharey=alike,
-            squeeze=False,
-            layout="constrained",
-        )
-        image: Any = None
-        for axis, (name, share) in zip(axes.flat, relative.items(), strict=False):
-            named = not pd.api.types.is_numeric_dtype(share.index)
-            at = np.arange(len(share)) if named else share.index.to_numpy()
-            image = axis.imshow(
-                np.log(np.maximum(share.to_numpy(), 1e-3)),
-                aspect="auto",
-                cmap="viridis",
-                vmin=-math.log(limit),
-                vmax=math.log(limit),
-                extent=(-0.5, share.shape[1] - 0.5, at[-1] + 0.5, at[0] - 0.5),
-                interpolation="nearest",
-            )
-            axis.set_title(wrapped(name, 26), fontsize=8)
-            axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-            if named:
-                axis.set_yticks(at, [str(name) for name in share.index], fontsize=7)
-            else:
-                axis.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-        for i, axis in enumerate(axes.flat):
-            if i >= len(relative):
-                axis.set_visible(False)
-            elif i + columns >= len(relative):  # nothing below it
-                axis.tick_params(labelbottom=True)
-        figure.supxlabel(x, fontsize=9)
-        figure.supylabel(y, fontsize=9)
-        ticks = [1 / limit, limit**-0.5, 1.0, limit**0.5, limit]
-        bar = figure.colorbar(image, ax=axes, ticks=np.log(ticks), extend="both", shrink=0.9)
-        bar.ax.set_yticklabels([f"{tick:.2g}" for tick in ticks])
-        bar.set_label(label, fontsize=8)
-    return finished(figure)
-
-
-def max_vio_over_steps(result: Result, ax: Axes | None = None) -> Figure:
+def max_vio_over_steps(result: Result, ax: Axes | None = None, *, width_in: float = WIDTH_IN) -> Figure:
     """Draw MaxVio of each step's batch, mean over MoE layers and replicas, with the uniform floor of each gate.
 
     Raises KeyError if the steps lack a column, and ValueError if no policy has routed experts.
@@ -257,9 +148,11 @@ def max_vio_over_steps(result: Result, ax: Axes | None = None) -> Figure:
     index = np.sort(known.step.unique())
     few = len(index) <= FEW_STEPS
     labels = [wrapped(name, 24) for name in names]
+    beside = ax is not None or width_in > COLUMN_IN
     legend_in = 0.5 + 0.06 * len(labels) + 0.135 * sum(label.count("\n") + 1 for label in labels)
+    height_in = max(2.8, legend_in) if beside else 2.2 + legend_shape([*names, "uniform floor"], width_in)[1]
     with plt.rc_context(STYLE):
-        figure, axis = canvas(ax, max(2.8, legend_in))
+        figure, axis = canvas(ax, height_in, width_in)
         for i, (name, colour) in enumerate(zip(names, colours(len(names)), strict=True)):
             by_step = known[known.policy == name].groupby("step").max_vio
             mean = by_step.mean()
@@ -286,12 +179,16 @@ def max_vio_over_steps(result: Result, ax: Axes | None = None) -> Figure:
         axis.set_xlim(index[0] - 0.5, index[-1] + 0.5)
         axis.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
         axis.set_xlabel("step [batches]")
-        axis.set_ylabel("MaxVio of a batch [max/mean - 1]")
-        axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
+        axis.set_ylabel("MaxVio of a batch" + (" " if beside else "\n") + "[max/mean - 1]")
+        if beside:
+            axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
+        else:
+            handles, named = axis.get_legend_handles_labels()
+            legend_below(figure, handles, [label.replace("\n", " ") for label in named])
     return finished(figure, ax)
 
 
-def step_breakdown(result: Result, ax: Axes | None = None) -> Figure:
+def step_breakdown(result: Result, ax: Axes | None = None, *, width_in: float = WIDTH_IN) -> Figure:
     """Stack where a step's time goes per policy, mean over devices (in a pipeline, over its ranks); the figure at the end
     is the whole step.
 
@@ -305,12 +202,13 @@ def step_breakdown(result: Result, ax: Axes | None = None) -> Figure:
     if timed.empty:
         raise ValueError("no step of this result was timed (steps.timed: none)")
     names = policy_names(result)
-    labels = [wrapped(name, 30) for name in names]
+    wide = ax is not None or width_in > COLUMN_IN
+    labels = [wrapped(name, 30 if wide else 17) for name in names]
     mean = timed.groupby("policy")[list(parts)].mean().reindex(names).astype(float) * scale
     half = by_policy(result, "step_time_s")["half_width"].to_numpy(float) * scale
     rows = np.arange(len(names))[::-1]
     with plt.rc_context(STYLE):
-        figure, axis = canvas(ax, 1.0 + row_in(labels) * len(names))
+        figure, axis = canvas(ax, (1.0 if wide else 1.35) + row_in(labels) * len(names), width_in)
         left = np.zeros(len(names))
         for (part, label), colour in zip(parts.items(), colours(len(parts)), strict=True):
             width = mean[part].to_numpy()
@@ -325,49 +223,106 @@ def step_breakdown(result: Result, ax: Axes | None = None) -> Figure:
             if np.isfinite(total):
                 text = f"{total:.{digits}f}"
                 axis.annotate(text, (end, row), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
-        axis.set_yticks(rows, labels)
+        axis.set_yticks(rows, labels, fontsize=9 if wide else 8)
         axis.set_ylim(-0.6, len(names) - 0.4)
         axis.tick_params(axis="y", length=0)
         axis.set_xlabel(f"step time [{unit}]")
-        axis.set_xlim(0, 1.15 * float(np.nanmax(left + np.nan_to_num(half))))
+        axis.set_xlim(0, (1.15 if wide else 1.3) * float(np.nanmax(left + np.nan_to_num(half))))
         if ax is None:
-            figure.legend(loc="outside upper center", ncols=len(parts), frameon=False, fontsize=8, columnspacing=1.0)
+            columns = len(parts) if wide else 2
+            figure.legend(loc="outside upper center", ncols=columns, frameon=False, fontsize=8, columnspacing=1.0)
         else:
             axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=8, columnspacing=1.0)
     return finished(figure, ax)
 
 
-FIGURES: dict[str, Callable[[Result], Figure]] = {
+FIGURES: dict[str, Callable[..., Figure]] = {
     "tradeoff": tradeoff,
     "load_heatmap": load_heatmap,
     "topic_heatmap": topic_heatmap,
     "max_vio_over_steps": max_vio_over_steps,
     "step_breakdown": step_breakdown,
 }
-ALL = FIGURES | placement.FIGURES | serving.FIGURES
-"""Also those of `analysis.placement` and `analysis.serving`, which need runs of their kind."""
+ALL: dict[str, Callable[..., Figure]] = (
+    FIGURES
+    | tradeoffs.FIGURES
+    | dynamics.FIGURES
+    | placement.FIGURES
+    | topology.FIGURES
+    | roofline.FIGURES
+    | serving.FIGURES
+)
+"""Every figure of a run: also those of the modules beside this one, which need runs of their kind."""
+SWEEPS: dict[str, Callable[..., Figure]] = sweeps.FIGURES
+"""Figures of a sweep's folder."""
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m analysis.figures", description=main.__doc__)
+    p.add_argument("source", nargs="?", metavar="SOURCE", help="results/<scenario>/<run>, the folder of a sweep, or a scenario YAML")  # fmt: skip
+    p.add_argument("out", nargs="?", metavar="OUT", help="file to write: .png, .pdf or .svg")
+    p.add_argument("--figure", metavar="NAME", help="default: latency_cdf of a run that serves, small_multiples of a sweep, else tradeoff; 'list' prints all")  # fmt: skip
+    p.add_argument("--list", action="store_true", help="print the names of the figures and stop")
+    p.add_argument("--width", type=float, default=WIDTH_IN, metavar="INCHES", help="7 for a page (default), 3.5 for a column")  # fmt: skip
+    p.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="change one value of the scenario (repeatable)")  # fmt: skip
+    return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draw one figure of a stored run, or of a scenario that is run for it, and save it."""
-    parser = argparse.ArgumentParser(prog="python -m analysis.figures", description=main.__doc__)
-    parser.add_argument("source", metavar="RUN_FOLDER_OR_SCENARIO", help="results/<scenario>/<run> or a scenario YAML")
-    parser.add_argument("out", metavar="OUT", help="file to write: .png, .pdf or .svg")
-    parser.add_argument("--figure", choices=ALL, default="tradeoff", help="default: %(default)s")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="change one value of the scenario (repeatable)")  # fmt: skip
-    args = parser.parse_args(argv)
-    stored = Path(args.source).is_dir()
-    if stored and args.overrides:
-        parser.error("--set changes a scenario that is yet to run, not a stored run")
+    """Draw one figure of a stored run or sweep, or of a scenario that is run for it, and save it."""
+    p = parser()
+    args = p.parse_args(argv)
+    if args.list or args.figure == "list":
+        print("\n".join(_listed()))
+        return 0
+    if args.source is None or args.out is None:
+        p.error("the following arguments are required: SOURCE, OUT (or --list)")
+    if args.figure is not None and args.figure not in ALL | SWEEPS:
+        near = difflib.get_close_matches(args.figure, ALL | SWEEPS, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        p.error(f"--figure: no figure {args.figure!r}{hint}; --list prints them")
+    if not 3 <= args.width <= 20:
+        p.error(f"--width must lie between 3 and 20 inches [got {args.width:g}]")
+    if args.overrides and Path(args.source).is_dir():
+        p.error("--set changes a scenario that is yet to run, not a stored run")
+    return guarded(p.prog, lambda: _draw(args), "interrupted", (OSError, ValueError, sim.ScenarioError, TooBig))
+
+
+def _listed() -> list[str]:
+    """Return a line per figure: its name and the first sentence of what it shows."""
+    names = [("of a run:", ALL), ("of a sweep:", SWEEPS)]
+    width = max(map(len, ALL | SWEEPS))
+    lines = []
+    for title, figures in names:
+        lines.append(title)
+        for name, draw in figures.items():
+            first = " ".join((draw.__doc__ or "").split("\n\n")[0].split())
+            sentence = re.split(r"[.;:] |\.$", first.replace("`", ""))[0]
+            lines.append(f"  {name:{width}}  {textwrap.shorten(sentence, 110, placeholder=' …')}")
+    return lines
+
+
+def _draw(args: argparse.Namespace) -> int:
+    folder = Path(args.source)
+    if folder.is_dir() and (folder / "sweep.json").exists():
+        from sim import sweeping
+
+        source: Any = sweeping.read(folder)
+        known, usual, kind = SWEEPS, "small_multiples", "sweep"
+    else:
+        source = store.read(folder) if folder.is_dir() else sim.run(args.source, overrides=args.overrides, jobs=None)
+        known, kind = ALL, "run"
+        usual = "latency_cdf" if source.scenario.serving else "tradeoff"
+    name = args.figure or usual
+    if name not in known:
+        raise ValueError(f"{args.source}: {name} is no figure of a {kind}; --list prints them")
     try:
-        result = store.read(args.source) if stored else sim.run(args.source, overrides=args.overrides, jobs=None)
-        ALL[args.figure](result).savefig(args.out, dpi=200)
-    except (OSError, ValueError, sim.ScenarioError, TooBig) as error:
-        print(f"{args.source}: {error}", file=sys.stderr)
-        return 2
+        figure = known[name](source, width_in=args.width)
     except KeyError as error:
-        print(f"{args.source}: this run has no {args.figure}: {error.args[0]}", file=sys.stderr)
-        return 2
+        raise ValueError(f"{args.source}: this {kind} has no {name}: {error.args[0]}") from None
+    except ValueError as error:
+        raise ValueError(f"{args.source}: {error}") from None
+    figure.savefig(args.out, dpi=200)
     return 0
 
 

@@ -138,10 +138,9 @@ def front(x: F64, y: F64, better: tuple[str, str]) -> Bool:
     >>> front(np.array([1.0, 2.0, 3.0]), np.array([1.0, 3.0, 2.0]), ("lower", "higher")).tolist()
     [True, True, False]
     """
-    cost = np.stack([v if way == "lower" else -v for v, way in zip((x, y), better, strict=True)], axis=1)
-    known = np.isfinite(cost).all(axis=1)
-    no_worse = (cost[:, None] <= cost[None]).all(axis=2)
-    ahead = (cost[:, None] < cost[None]).any(axis=2)
-    dominated: Bool = (no_worse & ahead & known[:, None]).any(axis=0)
-    found: Bool = known & ~dominated
-    return found
+    cost: F64 = np.stack([v if way == "lower" else -v for v, way in zip((x, y), better, strict=True)], axis=1)
+    known: Bool = np.asarray(np.isfinite(cost).all(axis=1))
+    no_worse: Bool = np.asarray((cost[:, None] <= cost[None]).all(axis=2))
+    ahead: Bool = np.asarray((cost[:, None] < cost[None]).any(axis=2))
+    dominated: Bool = np.asarray((no_worse & ahead & known[:, None]).any(axis=0))
+    return known & ~dominated

@@ -97,7 +97,9 @@ def differences(committed: Any, fresh: Any) -> Iterator[str]:
     for i, (old, new) in enumerate(zip(numbers(committed), numbers(fresh), strict=True), start=1):
         if old != new:
             pair = next(((a, b) for a, b in zip(old, new, strict=False) if a != b), None)
-            what = f"{pair[0]:g} is committed, {pair[1]:g} comes out" if pair else f"{len(old)} numbers became {len(new)}"
+            what = (
+                f"{pair[0]:g} is committed, {pair[1]:g} comes out" if pair else f"{len(old)} numbers became {len(new)}"
+            )
             yield f"code cell {i}: {what}"
 
 

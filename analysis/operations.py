@@ -151,34 +151,35 @@ def _iteration(
     prompts = float(np.rint(found.prompt_tokens_per_s_per_gpu * tp * busy_s / unit.micro_batches))
     new = 1 + unit.speculative_tokens
     tokens = max(1.0, decodes * new + prompts)
-    attention = {
-        "device": device,
+    attention: dict[str, Any] = {
         "cache_bytes_per_element": unit.kv_cache_bytes_per_element,
         "window": model.index_topk,
     }
-    asked = []
+    rows: list[dict[str, Any]] = []
+
+    def note(name: str) -> None:
+        rows.extend(_rows(counted, {"products": name, "core": name}, unit.name, policy.name))
+        counted.found.clear()
+
     if decodes:
-        decode = {
-            "shape": trunk.decode_shape,
+        each: dict[str, Any] = {
             "query_tokens": np.full(int(decodes), new),
             "kv_tokens": np.full(int(decodes), context),
         }
-        asked.append(("decode attention", lambda: counted.attention_s(phase="decode", **decode, **attention)))
+        counted.attention_s(device, shape=trunk.decode_shape, phase="decode", **each, **attention)
+        note("decode attention")
     if prompts:
-        prefill = {"shape": trunk.prefill_shape, "query_tokens": [min(prompts, prompt)], "kv_tokens": [prompt]}
-        asked.append(("prefill attention", lambda: counted.attention_s(phase="prefill", **prefill, **attention)))
+        one: dict[str, Any] = {"query_tokens": [min(prompts, prompt)], "kv_tokens": [prompt]}
+        counted.attention_s(device, shape=trunk.prefill_shape, phase="prefill", **one, **attention)
+        note("prefill attention")
     for name, part in (
         ("projections", trunk.before),
         ("shared experts", trunk.shared),
         ("dense FFN", trunk.dense),
         ("output head", trunk.head),
     ):
-        asked.append((name, lambda part=part: part.law(np.array([tokens]))))
-    rows = []
-    for name, ask in asked:
-        counted.found.clear()
-        ask()
-        rows += _rows(counted, {"products": name, "core": name}, unit.name, policy.name)
+        part.law(np.array([tokens]))
+        note(name)
     if model.is_moe:
         slots = scenario.slots(policy, unit.parallel).slots_per_rank
         rows += _experts(result, policy, counted, tokens / tp, unit.name, float(found.imbalance_mean), slots)

@@ -93,8 +93,8 @@ def roofline(result: Result, *, width_in: float = WIDTH_IN) -> Figure:
             axis.set_xlabel("arithmetic intensity [FLOP/byte]")
         for axis in axes[:, 0]:
             axis.set_ylabel("achieved [TFLOP/s]")
-        for entries, place in ((above, "upper"), (below, "lower")):
-            legend_below(figure, [handle for handle, _ in entries], [name for _, name in entries], place)
+        legend_below(figure, [handle for handle, _ in above], [name for _, name in above], "upper")
+        legend_below(figure, [handle for handle, _ in below], [name for _, name in below])
         for axis in axes.flat[: len(units)]:
             _name_bandwidth(figure, axis, device, left)
     return finished(figure)

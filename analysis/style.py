@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
 
 from sim.results import Result
@@ -99,6 +100,12 @@ def colours(n: int) -> list[tuple[float, float, float]]:
     return list(sns.color_palette("colorblind", n))
 
 
+def gradient() -> Colormap:
+    """Return a map from pale to dark whose low end still shows on white."""
+    found: Colormap = sns.color_palette("flare", as_cmap=True)
+    return found
+
+
 def line_style(i: int, n: int) -> dict[str, Any]:
     """Return how line ``i`` of ``n`` looks: dashes tell lines apart where colours do not."""
     return {"color": colours(n)[i], "linestyle": DASHES[i % len(DASHES)], "linewidth": 1.4}
@@ -133,12 +140,14 @@ def legend_shape(names: Sequence[str], width_in: float) -> tuple[int, float]:
     return columns, 0.1 + 0.17 * lines * -(-len(names) // columns)
 
 
-def legend_below(figure: Figure, handles: Sequence[Any], names: Sequence[str], loc: str = "lower") -> None:
+def legend_below(
+    figure: Figure, handles: Sequence[Any], names: Sequence[str], loc: Literal["lower", "upper"] = "lower"
+) -> None:
     """Name ``handles`` under the panels, or above them (``loc="upper"``). Leave `legend_shape`'s height for it."""
     figure.legend(
         handles,
         [wrapped(name, LEGEND_CHARACTERS) for name in names],
-        loc=f"outside {loc} center",
+        loc="outside lower center" if loc == "lower" else "outside upper center",
         ncols=legend_shape(names, figure.get_figwidth())[0],
         frameon=False,
         fontsize=8,

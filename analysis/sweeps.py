@@ -75,7 +75,8 @@ def small_multiples(
     if not axes:
         raise ValueError("no axis of this sweep takes several values")
     x = _axis(axes, x) if x else next(iter(axes))
-    hue, col, row = (name if name in (None, "policy") else _axis(axes, str(name)) for name in (hue, col, row))
+    hue = hue if hue == "policy" else _axis(axes, hue)
+    col, row = (name if name in (None, "policy") else _axis(axes, name) for name in (col, row))
     if metric is None:
         known = [name for name in HEADLINES if name in runs and runs[name].notna().any()]
         if not known:
@@ -91,7 +92,9 @@ def small_multiples(
         col = col or (left.pop(0) if left else None)
         row = row or (left.pop(0) if left else None)
         if left:
-            raise ValueError(f"too many axes for one figure; keep one value of {', '.join(left)}, or name hue, col and row")
+            raise ValueError(
+                f"too many axes for one figure; keep one value of {', '.join(left)}, or name hue, col and row"
+            )
     keys = [key for key in dict.fromkeys((hue, col, row, x)) if key]
     table = by_group(runs, [*keys, *(["point"] if dots else [])], [found])
     return _multiples(table, values, (x, hue, col, row), axis_label(found), metric, width_in, dots=dots)
@@ -168,7 +171,13 @@ def _broken(text: str, width: int) -> str:
 def _unit(key: str) -> str:
     """Return the unit that a key ends in, in brackets: names carry theirs where they have one."""
     name = key_name(key)
-    for end, unit in (("_bytes_per_s", "B/s"), ("_flops_per_s", "FLOP/s"), ("_per_s", "1/s"), ("_bytes", "B"), ("_s", "s")):
+    for end, unit in (
+        ("_bytes_per_s", "B/s"),
+        ("_flops_per_s", "FLOP/s"),
+        ("_per_s", "1/s"),
+        ("_bytes", "B"),
+        ("_s", "s"),
+    ):
         if name.endswith(end):
             return f" [{unit}]"
     return " [tokens]" if "tokens" in name else " [1]"
@@ -186,7 +195,9 @@ def _lines(
     lines, numeric = values[hue], _numeric(values[x])
     for i, line in enumerate(lines):
         mine = table[table[hue] == line]
-        at = mine[x].to_numpy(float) if numeric else np.array([values[x].index(value) for value in mine[x]], dtype=float)
+        at = (
+            mine[x].to_numpy(float) if numeric else np.array([values[x].index(value) for value in mine[x]], dtype=float)
+        )
         order = np.argsort(at, kind="stable")
         at = at[order] + (0.0 if numeric else 0.3 * ((i + 0.5) / len(lines) - 0.5))
         mean, half = (mine[name].to_numpy(float)[order] for name in (metric, f"{metric}_half"))

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import matplotlib.pyplot as plt
 import networkx as nx
 import numpy as np
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection
@@ -26,6 +25,7 @@ from analysis.style import (
     asked_policies,
     filled,
     finished,
+    gradient,
     legend_below,
     legend_shape,
     policy_named,
@@ -41,7 +41,7 @@ from sim.tokens import F64
 Load = Literal["bytes", "busy_s", "utilisation"]
 # Devices above which nodes are drawn in their place.
 MANY = 200
-COLOURS = sns.color_palette("flare", as_cmap=True)
+COLOURS = gradient()
 IDLE = "0.75"
 SHAPES = {"gpu": "o", "node": "s", "nic": "D", "superswitch": "h", "root": "h", "leaf": "^", "spine": "p"}
 NAMES = {

@@ -134,7 +134,7 @@ def _pareto(
         lines = _bars(table, x, y)
         if best.any():
             at = table.loc[best, x].to_numpy(float), table.loc[best, y].to_numpy(float)
-            lines += _step_line(axis, *at, metrics[x].better, metrics[y].better)
+            lines += step_line(axis, *at, metrics[x].better, metrics[y].better)
         if known:
             legend_below(figure, handles, known)
         named = _some(best, table[x].to_numpy(float)) if found.axes else best & ~table.policy.isin(legend).to_numpy()
@@ -175,7 +175,7 @@ def _legend(found: Points, legend: list[str], size: tuple[Metric, F64] | None) -
     return handles, known
 
 
-def _text(found: Points, row: int) -> str:
+def _text(found: Points, row: Any) -> str:
     if not found.axes:
         return str(found.table.policy[row])
     return ", ".join(value_name(found.table[key][row]) for key in found.axes)
@@ -197,7 +197,7 @@ def _bars(table: pd.DataFrame, x: str, y: str) -> list[Line]:
     return lines
 
 
-def _step_line(axis: Axes, x: F64, y: F64, better_x: str, better_y: str) -> list[Line]:
+def step_line(axis: Axes, x: F64, y: F64, better_x: str, better_y: str) -> list[Line]:
     """Join the front by steps, from its best end in x to its worst, and on to the edges of ``axis``; return its pieces."""
     order = np.argsort(x if better_x == "lower" else -x, kind="stable")
     x, y = x[order], y[order]

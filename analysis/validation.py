@@ -97,7 +97,8 @@ def errors(found: Rows, *, width_in: float = WIDTH_IN) -> Figure:
             squeeze=False,
             layout="constrained",
         )
-        figure.get_layout_engine().set(hspace=0.0, h_pad=0.015)  # type: ignore[union-attr]
+        layout: Any = figure.get_layout_engine()
+        layout.set(hspace=0.0, h_pad=0.015)
         for axis, (name, mine) in zip(axes[:, 0], strips, strict=True):
             _strip(axis, mine, limit)
             met = int(mine.passed.sum())
@@ -155,7 +156,9 @@ def _handles(table: pd.DataFrame) -> tuple[list[Any], list[str]]:
     for kind, label in KINDS.items():
         if ((table.kind == kind) & table.passed).any():
             face = blue if kind == "prediction" else "white"
-            handles.append(Line2D([], [], linestyle="", marker=MARKS[kind], color=blue, markerfacecolor=face, markersize=4))
+            handles.append(
+                Line2D([], [], linestyle="", marker=MARKS[kind], color=blue, markerfacecolor=face, markersize=4)
+            )
             known.append(label)
     if not table.passed.all():
         handles.append(Line2D([], [], linestyle="", marker="X", color=red, markersize=5))
@@ -186,7 +189,9 @@ def parity(found: Rows, *, width_in: float = WIDTH_IN) -> Figure:
             mine = table[table.group == name]
             full = (mine.kind == "prediction").to_numpy()
             for at, face in ((full, colour), (~full, "white")):
-                axis.plot(mine.published[at], mine.ours[at], mark, color=colour, markerfacecolor=face, markersize=4, zorder=3)
+                axis.plot(
+                    mine.published[at], mine.ours[at], mark, color=colour, markerfacecolor=face, markersize=4, zorder=3
+                )
             handles.append(Line2D([], [], linestyle="", marker=mark, color=colour, markersize=4))
         missed = table[~table.passed]
         axis.plot(missed.published, missed.ours, "x", color="black", markersize=7, markeredgewidth=0.8, zorder=4)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sim.results import Result
     from sim.scenario import Scenario
     from sim.study import run
-    from sim.sweep import sweep
+    from sim.sweeping.study import sweep
     from sim.yamlfile import ScenarioError
 
 __version__ = "0.1.0"
@@ -31,7 +31,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("run", "sweep"):
+    if name in ("run", "sweep", "optimize", "sensitivity"):
         return importlib.import_module(f"sim.{name}")
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)

@@ -59,11 +59,11 @@ def write(
     from sim.yamlfile import dump
 
     folder = Path(out) / result.scenario.name / run_id(result.scenario)
-    with _atomic_folder(folder) as work:
+    with atomic_folder(folder) as work:
         for name, table in result.tables.items():
             if table:
-                _write_parquet(work / f"{name}.parquet", table)
-        _write_csv(work / "summary.csv", result.summary_rows)
+                write_parquet(work / f"{name}.parquet", table)
+        write_csv(work / "summary.csv", result.summary_rows)
         (work / _SCENARIO).write_text(dump(resolved_data(result.scenario)), encoding="utf-8")
         for name, content in extras.items():
             (work / name).write_bytes(content)
@@ -164,7 +164,7 @@ def check_writable(out: str | os.PathLike[str]) -> None:
 
 
 @contextmanager
-def _atomic_folder(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path) -> Iterator[Path]:
     """Give a temporary sibling to fill; on success it takes the folder's name, on failure it is removed."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     for stray in folder.parent.glob(f".{folder.name}.*"):  # left by a killed run
@@ -218,14 +218,14 @@ def _alive(name: str) -> bool:
     return int(pid) != os.getpid()
 
 
-def _write_parquet(path: Path, table: Table) -> None:
+def write_parquet(path: Path, table: Table) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     pq.write_table(pa.table(table), path, compression="zstd")
 
 
-def _write_csv(path: Path, table: Table) -> None:
+def write_csv(path: Path, table: Table) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(table)

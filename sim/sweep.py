@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from sim.console import guarded
 
 if TYPE_CHECKING:
-    from sim.sweeping import Sweep
     from sim.sweeping.points import Plan
 
 PROGRAM = "python -m sim.sweep"
@@ -73,6 +72,7 @@ def _main(args: argparse.Namespace) -> int:
     from sim.sweeping import axes
     from sim.sweeping.folder import Refused
     from sim.sweeping.points import BadPoints
+    from sim.sweeping.study import folder_of, prepared
     from sim.sweeping.work import PointLost, TooLong, run
     from sim.yamlfile import ScenarioError
 
@@ -80,7 +80,7 @@ def _main(args: argparse.Namespace) -> int:
     overrides = list(args.overrides)
     overrides += [f"{name}={value}" for name in ("seed", "replicas") if (value := getattr(args, name)) is not None]
     try:
-        plan = _plan(
+        plan = prepared(
             args.file,
             axes.from_texts(args.vary),
             overrides,
@@ -99,7 +99,7 @@ def _main(args: argparse.Namespace) -> int:
     if args.dry_run:
         print("\n".join(_dry(plan)))
         return 0
-    folder = None if args.out == "-" else _folder(args.out, plan, args.name)
+    folder = None if args.out == "-" else folder_of(args.out, plan, args.name)
     if not args.quiet:
         print(f"{plan.scenario.name}: {_count(plan)}", file=sys.stderr)
     try:
@@ -126,30 +126,6 @@ def _main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _plan(source: Any, varied: Any, overrides: Sequence[str], *, allow_outside: bool = False, **options: Any) -> Plan:
-    from sim.loading import opened
-    from sim.located import Problem, ScenarioError
-    from sim.sweeping.points import plan
-
-    twice = {text.partition("=")[0].strip() for text in overrides} & {axis.axis.key for axis in varied}
-    if twice:
-        raise ScenarioError([Problem(f"--vary {key}", "", "is set by --set too") for key in sorted(twice)])
-    document = opened(source, overrides, allow_outside=allow_outside)
-    return plan(document, varied, allow_outside=allow_outside, **options)
-
-
-def _folder(out: Any, plan: Plan, name: str) -> Any:
-    import re
-    from pathlib import Path
-
-    from sim.store import check_writable
-
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,59}", name):
-        raise ValueError(f"--name {name}: must be letters, digits, '_', '-' and '.', and start with a letter or digit")
-    check_writable(out)
-    return Path(out) / plan.scenario.name / name
-
-
 def _count(plan: Plan) -> str:
     from sim.sweeping.work import expected
     from sim.units import human
@@ -168,60 +144,12 @@ def _dry(plan: Plan, rows: int = 20) -> list[str]:
     return lines + ([f"and {len(plan.points) - rows} more"] if len(plan.points) > rows else [])
 
 
-def sweep(
-    source: Any,
-    vary: Mapping[str, Any] | None = None,
-    *,
-    overrides: Mapping[str, Any] | Sequence[str] = (),
-    replicas: int | None = None,
-    design: str | None = None,
-    points: int | None = None,
-    seed: int | None = None,
-    skip_invalid: bool = False,
-    out: Any = None,
-    name: str = "sweep",
-    **options: Any,
-) -> Sweep:
-    """Sweep a scenario (a file, plain data or a `Scenario`) and return its `sim.sweeping.Sweep`.
-
-    vary: values by key: a list, ``{"low": .., "high": ..}`` with ``"step"`` or ``"log"``, or text such as ``"1:8"``; by
-    default the file's own ``sweep`` block. overrides, replicas: as in `sim.run`. design, points, seed: which points are
-    tried. out: folder to write to; None: nothing is written. options: ``jobs`` (default: 1), ``backend``, ``address``,
-    ``resume``, ``overwrite``, ``force``, ``progress``. Raises ScenarioError, and ValueError for everything else that is
-    refused.
-    """
-    import json
-
-    from sim.scenario import Scenario
-    from sim.store import resolved_data
-    from sim.sweeping import axes
-    from sim.sweeping.folder import Refused
-    from sim.sweeping.points import BadPoints
-    from sim.sweeping.work import TooLong, run
-
-    sets = [f"{k}={json.dumps(v)}" for k, v in overrides.items()] if isinstance(overrides, Mapping) else list(overrides)
-    sets += [] if replicas is None else [f"replicas={replicas}"]
-    data = resolved_data(source) if isinstance(source, Scenario) else source
-    try:
-        plan = _plan(
-            data,
-            axes.from_mapping(vary or {}),
-            sets,
-            design=design,
-            points=points,
-            seed=seed,
-            skip_invalid=skip_invalid,
-        )
-        folder = None if out is None else _folder(out, plan, name)
-        return run(plan, folder, **({"jobs": 1} | options))
-    except (BadPoints, Refused, TooLong) as error:
-        raise ValueError(str(error)) from None
-
-
 class _Callable(types.ModuleType):
     """`sim.sweep` is this module and a function, as `sim.run` is."""
 
     def __call__(self, source: Any, vary: Mapping[str, Any] | None = None, **options: Any) -> Any:
+        from sim.sweeping.study import sweep
+
         return sweep(source, vary, **options)
 
 

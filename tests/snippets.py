@@ -42,15 +42,38 @@ def commands(block: Block) -> list[list[str]]:
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
+TINY = [
+    "replicas=2",
+    "steps.count=1",
+    "steps.warmup.steps=2",
+    "steps.warmup.tokens_per_rank=32",
+    "traffic.tokens_per_rank=64",
+]
+RUNNERS = ("sim.run", "sim.sweep", "sim.optimize", "sim.sensitivity", "analysis.figures")
+
+
+def overrides_of(file: str) -> list[str]:
+    """Return what makes a shipped scenario run in a second; nothing for other files."""
+    name = Path(file).stem
+    if not re.fullmatch(r"scenarios/\w+\.yaml", file) or name not in FILES:
+        return []
+    return TINY if name == "tiny" else reduced(name)
+
+
 def small(words: list[str], extra: list[str]) -> list[str]:
-    """Return the arguments of ``python -m MODULE ARGS`` with what makes a shipped scenario run in a second."""
+    """Return the arguments of ``python -m MODULE ARGS`` with what makes it quick; points run here, whatever it says."""
     args = words[3:]
-    if words[2] in ("sim.run", "sim.sweep", "sim.optimize", "sim.sensitivity") and not extra:
-        names = [Path(arg).stem for arg in args if re.fullmatch(r"scenarios/\w+\.yaml", arg)]
-        for name in names:
-            if name in FILES and name != "tiny":
-                extra = [word for value in reduced(name) for word in ("--set", value)]
-    return [*args, *extra]
+    if words[2] not in RUNNERS:
+        return [*args, *extra]
+    made = [value for arg in args for value in overrides_of(arg)]
+    swept = [arg.partition("=")[0] for arg in args if "=" in arg]
+    made = [value for value in made if value.partition("=")[0] not in swept]
+    if "--replicas" in args:
+        args[args.index("--replicas") + 1] = "2"
+        made = [value for value in made if not value.startswith("replicas=")]
+    if "--backend" in args:
+        args[args.index("--backend") + 1] = "local"
+    return [*args, *(word for value in made for word in ("--set", value)), *extra]
 
 
 def run(words: list[str], extra: list[str]) -> int:

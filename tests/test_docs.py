@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import os
 import re
 import shutil
@@ -27,6 +28,15 @@ DOCS = ROOT / "sim" / "docs"
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 WRITTEN = [page for page in PAGES if not page.startswith("reference/")]
 NOT_RUN = ("pip ", "python -m pytest", "git ")  # of a shell block: what installs or tests
+SHRUNK = """
+import sim.study
+from tests.snippets import TINY
+whole = sim.study.run
+def shrunk(source, overrides=None, **options):
+    small = {key: value for key, value in (pair.split("=") for pair in TINY)}
+    return whole(source, overrides=(overrides or {}) | {key: int(value) for key, value in small.items()}, **options)
+sim.study.run = shrunk
+"""
 
 
 def text_of(page: str) -> str:
@@ -52,12 +62,12 @@ def _made(folder: Path) -> None:
 
 
 @pytest.fixture
-def box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder like a checkout, to run a page in."""
     _made(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "agg")
-    yield tmp_path
+    return tmp_path
 
 
 def _run_shell(block: Block, box: Path, capsys: pytest.CaptureFixture[str]) -> str:
@@ -83,8 +93,8 @@ def _run_shell(block: Block, box: Path, capsys: pytest.CaptureFixture[str]) -> s
 def _load_fragment(block: Block, box: Path) -> None:
     """A piece of a scenario has to fit into one that has policies and serves, or runs steps."""
     file = box / "scenarios" / "fragment.yaml"
-    whole = re.search(r"^(name|extends):", block.text, flags=re.M)
-    file.write_text(("" if whole else "extends: tiny.yaml\nname: fragment\n") + block.text, encoding="utf-8")
+    base = "policies.yaml" if "policies/" in block.text else "tiny.yaml"
+    file.write_text(f"extends: {base}\nname: fragment\n{block.text}", encoding="utf-8")
     load(file)
 
 
@@ -114,13 +124,15 @@ def _quoted(quoted: str, said: str) -> None:
     assert not missing, f"{missing} of a quoted output are not in\n{said}"
     printed = {" ".join(line.split()) for line in said.splitlines()}
     lines = [" ".join(line.split()) for line in quoted.splitlines()]
-    headings = [line for line in lines if line.startswith("policy ") and not re.search(r"\d", line)]
-    assert not [line for line in headings if line not in printed]
+    headings = [line for line, below in itertools.pairwise(lines) if set(below) == {"-", " "}]
+    assert not [line for line in headings if line not in printed], said
 
 
-def test_quoted_output_is_compared(box: Path) -> None:
+def test_quoted_output_is_compared() -> None:
     with pytest.raises(AssertionError, match="affinty"):
         _quoted("policy  kept affinty\n", "policy  kept affinity\n")
+    with pytest.raises(AssertionError):
+        _quoted("policy  kept\n------  ----\n", "policy  affinity  kept\n")
 
 
 # Links, options, files -------------------------------------------------------------------------------------------

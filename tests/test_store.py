@@ -227,7 +227,7 @@ class Fault:
 FULL, CTRL_C = OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()
 FAULTS: list[tuple[str, Callable[..., Any], int, BaseException]] = [
     *(("pyarrow.parquet.write_table", pq.write_table, at, FULL) for at in (1, 4)),
-    ("sim.store._write_csv", store._write_csv, 1, FULL),
+    ("sim.store.write_csv", store.write_csv, 1, FULL),
     *(("sim.store._sha256", store._sha256, at, error) for at, error in ((1, CTRL_C), (6, FULL))),
     *(("os.fsync", os.fsync, at, FULL) for at in (1, 7)),
     *(("os.replace", os.replace, at, error) for at in (1, 2) for error in (FULL, CTRL_C)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Callable
@@ -51,4 +51,13 @@ def _plugin_modules() -> list[str]:
                 f"plug-in {found[module]} stands in the calling script or notebook, where workers of another engine "
                 "cannot import it: move it into a module"
             )
-    return sorted(found)
+    return sorted(filter(_importable, found))
+
+
+def _importable(name: str) -> bool:
+    """Whether a worker would find the module: some are gone, as classes of a deleted file are not."""
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return False
+    return spec is not None and spec.origin is not None and os.path.exists(spec.origin)

@@ -20,6 +20,7 @@ class Backend:
             raise ValueError("--address is of --backend ray or dask; local works on this machine")
         self.workers = jobs or 1
         self._others: list[object] = []
+        self._idle: list[ProcessPoolExecutor] = []
 
     def __enter__(self) -> Backend:
         self._others = [*multiprocessing.active_children()]
@@ -32,6 +33,8 @@ class Backend:
             for worker in multiprocessing.active_children():
                 if worker not in self._others:
                     worker.terminate()
+        for executor in self._idle:
+            executor.shutdown()
 
     def run(self, function: Callable[[A], B], items: Sequence[A]) -> Iterator[tuple[int, B]]:
         if self.workers == 1:
@@ -39,7 +42,8 @@ class Backend:
             return
         shipped = Shipped(function)
         # One pool for each process: when a process dies, it is known which item it had, and the others go on.
-        idle = [pool(1) for _ in range(min(self.workers, len(items)))]
+        idle = self._idle
+        idle += [pool(1) for _ in range(len(idle), min(self.workers, len(items)))]
         waiting = [(index, 1) for index in reversed(range(len(items)))]
         busy: dict[Future[B], tuple[ProcessPoolExecutor, int, int]] = {}
         try:
@@ -67,5 +71,5 @@ class Backend:
                     idle.append(executor)
                     yield index, result
         finally:
-            for executor in [*idle, *(executor for executor, _, _ in busy.values())]:
-                executor.shutdown(wait=not busy, cancel_futures=True)
+            for executor, _, _ in busy.values():
+                executor.shutdown(wait=False, cancel_futures=True)

@@ -65,7 +65,9 @@ def load(path: str) -> pd.DataFrame | None:
         return None
     other = sorted(set(map(str, table.op_name.unique())) - KERNELS) if "op_name" in table else []
     if other:
-        raise ValueError(f"{path}: {', '.join(other)} is not a kernel with a law here; those are {', '.join(sorted(KERNELS))}")
+        raise ValueError(
+            f"{path}: {', '.join(other)} is not a kernel with a law here; those are {', '.join(sorted(KERNELS))}"
+        )
     return table
 
 

@@ -65,7 +65,11 @@ class CommunicationTable(CommunicationCost):
         mean = ranks.sum(axis=(-1, -2)) / (p * p * spread)
         ratio = np.exp(np.interp(np.log(np.maximum(mean, 1e-9)), np.log(tokens), np.log(measured / plain)))
         seconds, reaches = law.pair_times_s(
-            network, rank_tokens=ranks, node_tokens=nodes, slowdown=slowdown, **how  # type: ignore[arg-type]
+            network,
+            rank_tokens=ranks,
+            node_tokens=nodes,
+            slowdown=slowdown,
+            **how,  # type: ignore[arg-type]
         )
         return seconds * ratio[..., None, None], reaches
 

@@ -18,8 +18,11 @@ class Range(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     low: int | float
+    """Smallest value."""
     high: int | float
+    """Largest value."""
     step: Annotated[int | float, Field(gt=0)] | None = None
+    """Distance of neighbours; null: 1 between whole numbers, else any number between may be drawn."""
     log: bool = False
 
     @model_validator(mode="after")

@@ -99,7 +99,10 @@ def _items(
         return Item(slots[phase], key(phase), after)
 
     if way == "weights":  # put off: nothing to exchange, nothing between the products
-        phases = {"moe": ["shared_experts"] * shared + ["experts_wgrad", "attention"], "dense": ["dense_ffn", "attention"]}
+        phases = {
+            "moe": ["shared_experts"] * shared + ["experts_wgrad", "attention"],
+            "dense": ["dense_ffn", "attention"],
+        }
         return [item(phase, before) for phase in phases.get(block.kind, ["head"])]
     if block.is_head:
         return [item("head", before)]

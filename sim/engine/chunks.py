@@ -111,7 +111,16 @@ class ChunkTimes:
             after = tuple(sorted(index[key] for key in item.after))
             backward_op = item.key.way != "forward"
             ops.append(
-                Op(item.key.phase, item.key.block.layer, item.key.chain, backward_op, item.stream, after, duration, transfer)
+                Op(
+                    item.key.phase,
+                    item.key.block.layer,
+                    item.key.chain,
+                    backward_op,
+                    item.stream,
+                    after,
+                    duration,
+                    transfer,
+                )
             )
         return makespans(ops, self.n_ranks, len(chunks))
 

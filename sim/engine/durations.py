@@ -121,7 +121,9 @@ class Durations:
         if way == "forward" and block.kind == "moe":
             seconds += self.choice_s
         if way != "forward" and self.scenario.schedule.recompute == "selective":
-            again = model.up_projection_parameters  # norms and SwiGLU are in the elementwise constants, set on such a run
+            again = (
+                model.up_projection_parameters
+            )  # norms and SwiGLU are in the elementwise constants, set on such a run
             seconds += self.gemm_s(2 * again, again, model.hidden_size, "forward")
         direction: Literal["forward", "backward"] = "forward" if way == "forward" else "backward"
         core = self.cost.compute.attention_core_s(
@@ -201,9 +203,7 @@ class Durations:
         )
         way: Way = {"forward": "forward", "dgrad": "input", "wgrad": "weights"}[part]  # type: ignore[assignment]
         pairs = local.sum(axis=-1)
-        seconds = seconds + self._pairs_s(
-            pairs, self.model.dispatch_hidden_size, self.model.moe_intermediate_size, way
-        )
+        seconds = seconds + self._pairs_s(pairs, self.model.dispatch_hidden_size, self.model.moe_intermediate_size, way)
         return to_ps(np.where(pairs > 0, seconds, 0.0))
 
     def transfer_ps(self, exchange: Exchange, direction: Direction) -> tuple[I64, I64]:
@@ -222,4 +222,3 @@ class Durations:
             seconds, reaches = np.swapaxes(seconds, -1, -2), np.swapaxes(reaches, -1, -2)
         transfer: I64 = np.where(reaches, to_ps(seconds), np.int64(-1))
         return np.maximum(transfer.max(axis=-1), 0), transfer
-

@@ -38,8 +38,8 @@ def dominated(values: F64) -> Bool:
 class Front:
     """A finished search.
 
-    axes: keys that were varied. tried: every trial in order. folder: where it lies, if anywhere. idle: of trials on the
-    front, axes that make no difference to their policy.
+    axes: keys that were varied. tried: every trial in order. folder: where it lies, if anywhere. idle: of the first
+    trials on the front, axes that make no difference to their policy.
     """
 
     scenario: Scenario

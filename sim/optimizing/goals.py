@@ -112,4 +112,7 @@ def limits(metrics: Sequence[Metric], texts: Sequence[str]) -> list[Limit]:
 
 
 def _unknown(where: str, name: str, known: Mapping[str, Metric]) -> Problem:
-    return Problem(where, "", f"unknown metric; known here: {', '.join(known)}"[: 400 if not nearest(name, known) else 14], hint=nearest(name, known))  # fmt: skip
+    hint = nearest(name, known) or next((other for other in known if name in other), "")
+    return Problem(
+        where, "", "unknown metric" if hint else f"unknown metric; known here: {', '.join(known)}", hint=hint
+    )

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -104,7 +105,8 @@ class Space:
             scenario = self.scenario(place)
         except ScenarioError as error:
             first = error.problems[0]
-            return Ready(reason=f"{first.path}: {first.rule}" if first.path else first.rule)
+            path = re.sub(r"^policies\.0\b", "policies.*", first.path)  # it stands alone
+            return Ready(reason=f"{path}: {first.rule}" if path else first.rule)
         expected = estimate(scenario)
         if expected.too_big and not self.force:
             return Ready(reason="too big to run without --force")
@@ -149,7 +151,8 @@ def check_axes(space: Space) -> None:
         if all(unknown):
             problems += unknown[0]
     if problems:
-        raise ScenarioError(list(dict.fromkeys(problems)))
+        bare = [p._replace(path="") if p.where == f"--vary {p.path}" else p for p in problems]
+        raise ScenarioError(list(dict.fromkeys(bare)))
 
 
 def chosen(scenario: Scenario, names: Sequence[str]) -> dict[str, int]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ from sim.sweeping.manifest import definition
 from sim.sweeping.points import Plan
 from sim.workers import processes
 from sim.yamlfile import Document
+
+CHECKED = 30
+"""Trials of the front whose axes are looked at for those without effect: some 50 ms each."""
 
 
 class TrialLost(Exception):
@@ -125,7 +129,7 @@ def run(
         kind = backends.get(backend)
         count = processes(jobs, asked.batch, _expected(asked)) if backend == "local" else jobs
         engine = stack.enter_context(kind(count, address))
-        advance = stack.enter_context(_bar(asked.trials, progress))
+        advance = stack.enter_context(_bar(asked, progress))
 
         def measure(trials: list[Trial]) -> Iterator[tuple[Trial, Table | str]]:
             todo = []
@@ -148,7 +152,7 @@ def run(
 
         tried = search(space, asked.goals, asked.limits, asked.trials, asked.batch, asked.seed, measure)
         front = Front(asked.scenario, tuple(axis.key for axis in space.axes), asked.goals, asked.limits, tuple(tried), folder=folder)  # fmt: skip
-        idle = {trial.index: space.without_effect(trial.place) for trial in front.best_of_all}
+        idle = {trial.index: space.without_effect(trial.place) for trial in front.best_of_all[:CHECKED]}
         front = dataclasses.replace(front, idle=idle)
         if folder is not None:
             disk.write(front, folder)
@@ -195,21 +199,16 @@ def _definition(asked: Question) -> dict[str, Any]:
     }
 
 
-class _bar:
-    """Give a function to call with each trial that has ended."""
+@contextmanager
+def _bar(asked: Question, progress: bool) -> Iterator[Callable[[int], object]]:
+    """Give a function to call with the number of trials that have ended; without a terminal it says something every half
+    minute."""
+    if not progress:
+        yield lambda n: None
+        return
+    from tqdm import tqdm
 
-    def __init__(self, trials: int, progress: bool) -> None:
-        self.bar = None
-        if progress:
-            import sys
-
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=trials, desc="trials", file=sys.stderr, leave=False, delay=0.0 if sys.stderr.isatty() else 30.0)  # fmt: skip
-
-    def __enter__(self) -> Callable[[int], object]:
-        return (lambda n: None) if self.bar is None else self.bar.update
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
+    wait = 0.1 if sys.stderr.isatty() else 30.0
+    total = min(asked.trials, asked.space.size or asked.trials)
+    with tqdm(total=total, desc="runs", file=sys.stderr, leave=False, delay=wait, mininterval=wait) as bar:
+        yield bar.update

@@ -44,7 +44,9 @@ def model_blocks(model: Model, mtp: bool) -> list[Block]:
 
 def head_flops(model: Model, block: Block) -> float:
     """Forward FLOP per token of an output head, and of an MTP module's projection with it."""
-    return 2.0 * model.vocab_size * model.hidden_size + (4.0 * model.hidden_size**2 if block.kind == "mtp_head" else 0.0)
+    return 2.0 * model.vocab_size * model.hidden_size + (
+        4.0 * model.hidden_size**2 if block.kind == "mtp_head" else 0.0
+    )
 
 
 def block_parameters(model: Model, block: Block) -> tuple[float, float]:

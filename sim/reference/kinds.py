@@ -68,8 +68,9 @@ def _common(base: type[Plugin]) -> str:
 
 
 def _settings() -> Iterator[FieldInfo]:
-    """Yield every setting of every plug-in, and of the blocks and plug-ins that these take."""
-    pending: list[type[BaseModel]] = [cls for base in FAMILIES.values() for cls in shipped(base).values()]
+    """Yield every setting of a scenario's blocks and of every plug-in, and of what these take."""
+    pending: list[type[BaseModel]] = list(places())
+    pending += [cls for base in FAMILIES.values() for cls in shipped(base).values()]
     seen: set[type[BaseModel]] = set()
     while pending:
         cls = pending.pop(0)

@@ -39,7 +39,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    return guarded("python -m sim.report", lambda: _main(args), "interrupted; no page was left half-written")
+    from sim.yamlfile import ScenarioError
+
+    bad = (OSError, ValueError, ScenarioError)
+    return guarded("python -m sim.report", lambda: _main(args), "interrupted; no page was left half-written", bad)
 
 
 def _main(args: argparse.Namespace) -> int:

@@ -46,7 +46,7 @@ def compared(results: Mapping[str, Result], versions: Sequence[Mapping[str, str]
         why = unpaired(first, results[name])
         if why:
             notes.append(
-                f"{name}: {why} not those of {names[0]}, so replicas are not paired: intervals are those of independent runs."
+                f"{name}: {why} is not that of {names[0]}, so replicas are not paired and intervals are wider."
             )
         else:
             notes.append(f"{name}: same seed and traffic as {names[0]}, so differences are paired over replicas.")

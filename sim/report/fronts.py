@@ -65,7 +65,7 @@ def _row(front: Front, found: list[list[Trial]], i: int) -> list[str]:
     trials = found[i]
     cells = [", ".join(str(trial.index) for trial in trials)]
     for axis, key in enumerate(front.axes):
-        cells.append(_each(ANY if key in front.idle[t.index] else plain(t.place.values[axis]) for t in trials))
+        cells.append(_each(ANY if key in front.idle.get(t.index, ()) else plain(t.place.values[axis]) for t in trials))
     cells += [_each(trial.place.policy for trial in trials)]
     cells += [_cell(front, trials[0], metric) for metric in front.metrics]
     if len(front.goals) > 1:
@@ -129,5 +129,5 @@ def _single(front: Front) -> list[str]:
 
 def _named(front: Front, trial: Trial) -> str:
     values = zip(front.axes, trial.place.values, strict=True)
-    said = [f"{key} = {plain(value)}" for key, value in values if key not in front.idle[trial.index]]
+    said = [f"{key} = {plain(value)}" for key, value in values if key not in front.idle.get(trial.index, ())]
     return f"trial {trial.index} ({', '.join([*said, trial.place.policy])})"

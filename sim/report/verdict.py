@@ -84,16 +84,25 @@ class _Contest:
         mean, half = self.gap(i, best)
         share = 100 * mean / abs(self.means[i]) if self.means[i] else math.inf
         way = "less" if self.metric.better != "higher" else "more"
-        text = f"{share:.2g} % {way} than {self.names[i]}" if share < 1000 else f"{way} than {self.names[i]}"
+        text = (
+            f"{share:.2g} % {way} than {quoted(self.names[i])}"
+            if share < 1000
+            else f"{way} than {quoted(self.names[i])}"
+        )
         return text if math.isnan(half) else f"{text} (paired difference {self.difference(i, best)})"
 
     def difference(self, i: int, best: int) -> str:
         """The paired difference with its interval."""
         mean, half = self.gap(i, best)
         size = f"{two_digits(abs(mean) * self.metric.scale)}"
-        if half == 0:
+        if half <= 1e-9 * abs(mean):
             return f"{size}{unit_of(self.metric)} in every replica"
         return f"{size} ± {two_digits(half * self.metric.scale)}{unit_of(self.metric)}"
+
+
+def quoted(name: str) -> str:
+    """Set a policy's name off from the sentence around it."""
+    return f"“{name}”"
 
 
 def unit_of(metric: Metric) -> str:
@@ -128,7 +137,7 @@ def verdict(result: Result) -> Verdict:
     ahead = [i for i in rest if i not in tied]
     sentences = [_first(contest, best, rest, tied)]
     if tied and ahead:
-        sentences.append(f"{contest.names[best]} is ahead of the next, with {contest.words(ahead[0], best)}.")
+        sentences.append(f"{quoted(contest.names[best])} is ahead of the next, with {contest.words(ahead[0], best)}.")
     elif len(ahead) > 1 and 0 in ahead[1:]:
         sentences.append(f"Against the first policy it is {contest.words(0, best)}.")
     if result.scenario.replicas == 1 and rest:
@@ -143,13 +152,13 @@ def _told_apart(difference: float, half: float) -> bool:
 
 
 def _first(contest: _Contest, best: int, rest: list[int], tied: list[int]) -> str:
-    winner, what = contest.names[best], _LEADERS[contest.metric.name]
+    winner, what = quoted(contest.names[best]), _LEADERS[contest.metric.name]
     if not rest:
         label = contest.metric.label.removesuffix(unit_of(contest.metric))
         return f"{winner}: {label} {contest.value(best)}. There is no other policy to compare it with."
     if not tied:
         return f"{winner} has {what}, {contest.value(best)}: {contest.words(rest[0], best)}."
-    names = [contest.names[i] for i in tied]
+    names = [quoted(contest.names[i]) for i in tied]
     mean, half = contest.gap(tied[0], best)
     if mean == 0 and not half > 0:
         return f"{', '.join([winner, *names[:-1]])} and {names[-1]} are equal, with {what}: {contest.value(best)}."

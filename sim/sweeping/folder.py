@@ -6,7 +6,7 @@ import csv
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ class Refused(Exception):
 
 
 @contextmanager
-def opened(plan: Plan, folder: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
-    """Hold the folder of a sweep, made ready for its parts. Raises Refused or OSError, and leaves all as it was."""
+def opened(plan: Plan, folder: Path, *, resume: bool, overwrite: bool) -> Iterator[Callable[[], None]]:
+    """Hold the folder of a sweep, and give a function that makes it ready for its parts: until then it is as it was. Raises
+    Refused or OSError."""
     from filelock import FileLock, Timeout
 
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -38,11 +39,9 @@ def opened(plan: Plan, folder: Path, *, resume: bool, overwrite: bool) -> Iterat
             shutil.rmtree(stray, ignore_errors=True)
         new = definition(plan)
         if (folder / "sweep.json").exists():
-            if overwrite:
-                _remove(folder)
-            elif resume:
+            if resume:
                 _compare(folder, new)
-            else:
+            elif not overwrite:
                 parts = sum(1 for _ in folder.glob("runs/*/part.parquet"))
                 raise Refused(
                     f"{folder}: holds a sweep already ({parts} of {len(read_definition(folder)['runs'])} points done): "
@@ -50,12 +49,17 @@ def opened(plan: Plan, folder: Path, *, resume: bool, overwrite: bool) -> Iterat
                 )
         elif folder.exists() and any(not path.name.startswith(dataset.STRAY) for path in folder.iterdir()):
             raise Refused(f"{folder}: exists and is no sweep: choose another --name")
-        folder.mkdir(exist_ok=True)
-        for stray in folder.glob(f"{dataset.STRAY}*"):
-            stray.unlink()
-        if not (folder / "sweep.json").exists():
-            _write(plan, folder, new)
-        yield
+
+        def begin() -> None:
+            if overwrite and folder.exists():
+                _remove(folder)
+            folder.mkdir(exist_ok=True)
+            for stray in folder.glob(f"{dataset.STRAY}*"):
+                stray.unlink()
+            if not (folder / "sweep.json").exists():
+                _write(plan, folder, new)
+
+        yield begin
     finally:
         lock.release()
 

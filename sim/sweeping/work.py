@@ -6,7 +6,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,26 +47,53 @@ def run(
 ) -> Sweep:
     """Run the points that have not run yet, and return the sweep.
 
-    folder: where it is written, point by point; None: nowhere. Raises `Refused`, `TooLong`, `PointFailed`, `Lost`,
-    ValueError and OSError; parts that were written stay.
+    folder: where it is written, point by point; None: nowhere. Raises `sim.sweeping.folder.Refused` and `TooLong` before
+    anything is written; later `PointLost`, ValueError (a point that cannot run after all) and OSError, and parts that were
+    written stay.
     """
     schema = dataset.schema(plan.values, [metric.name for metric in plan.metrics])
-    if folder is None:
-        tables: dict[int, Any] = {}
-        todo = _together(plan.running)
-        for points, rows in _results(plan, todo, jobs, backend, address, force, progress):
-            tables |= {point.index: dataset.part(schema, point.values, rows) for point in points}
-        return in_memory(plan, schema, tables)
-    with opened(plan, folder, resume=resume, overwrite=overwrite):
-        left = [
-            point
-            for point in plan.running
-            if not dataset.done(folder, point.index, schema, len(point.policies) * point.replicas)
-        ]
-        for points, rows in _results(plan, _together(left), jobs, backend, address, force, progress):
-            for point in points:
-                dataset.write(folder, point.index, dataset.part(schema, point.values, rows))
-    return read(folder)
+    kind = backends.get(backend)
+    tables: dict[int, Any] = {}
+    with ExitStack() as stack:
+        left, begin = plan.running, None
+        if folder is not None:
+            begin = stack.enter_context(opened(plan, folder, resume=resume, overwrite=overwrite))
+            if not overwrite:
+                left = [point for point in left if not _done(folder, point, schema)]
+        todo = _together(left)
+        asked = processes(jobs, len(todo), total(todo)) if backend == "local" else jobs
+        engine = stack.enter_context(kind(asked, address))
+        if not force:
+            check(plan, todo, engine.workers)
+        if begin is not None:
+            begin()
+        with _bar(todo, progress) as advance:
+            for index, rows in _ran(plan, todo, engine):
+                for point in todo[index]:
+                    part = dataset.part(schema, point.values, rows)
+                    if folder is None:
+                        tables[point.index] = part
+                    else:
+                        dataset.write(folder, point.index, part)
+                advance(index)
+    return in_memory(plan, schema, tables) if folder is None else read(folder)
+
+
+def _done(folder: Path, point: Point, schema: Any) -> bool:
+    return dataset.done(folder, point.index, schema, len(point.policies) * point.replicas)
+
+
+def _ran(plan: Plan, todo: Sequence[Sequence[Point]], engine: backends.Backend) -> Iterator[tuple[int, Table]]:
+    """Yield runs by number with their rows, as they end; an error names the point."""
+    try:
+        yield from engine.run(attempt, _Items(todo))
+    except PointFailed as error:
+        raise ValueError(f"{plan.named(todo[error.index][0])}: {error.text}") from None
+    except Lost as error:
+        raise PointLost(
+            f"{plan.named(todo[error.index][0])}: its worker was killed {TRIES} times, out of memory most likely: "
+            "try fewer --jobs"
+        ) from None
 
 
 def _together(points: Sequence[Point]) -> list[list[Point]]:
@@ -116,37 +143,6 @@ def check(plan: Plan, todo: Sequence[Sequence[Point]], workers: int) -> None:
             f"{MAX_SECONDS / 3600:g}: lower {' or '.join(knobs)}, draw fewer points (--design sobol --points N), or give it "
             "more --jobs or machines (--backend); --force runs it all the same"
         )
-
-
-def _results(
-    plan: Plan,
-    todo: Sequence[Sequence[Point]],
-    jobs: int | None,
-    backend: str,
-    address: str | None,
-    force: bool,
-    progress: bool,
-) -> Iterator[tuple[Sequence[Point], Table]]:
-    """Yield points of one run with their rows, as runs end."""
-    kind = backends.get(backend)
-    asked = processes(jobs, len(todo), total(todo)) if backend == "local" else jobs
-    if not todo:
-        return
-    with kind(asked, address) as engine:
-        if not force:
-            check(plan, todo, engine.workers)
-        with _bar(todo, progress) as advance:
-            try:
-                for index, rows in engine.run(attempt, _Items(todo)):
-                    yield todo[index], rows
-                    advance(index)
-            except PointFailed as error:
-                raise ValueError(f"{plan.named(todo[error.index][0])}: {error.text}") from None
-            except Lost as error:
-                raise PointLost(
-                    f"{plan.named(todo[error.index][0])}: its worker was killed {TRIES} times, out of memory most likely: "
-                    "try fewer --jobs"
-                ) from None
 
 
 class _Items(Sequence[Any]):

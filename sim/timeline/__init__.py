@@ -112,7 +112,7 @@ def _left_out(result: Result, views: Sequence[View], kept: _Kept) -> str:
     firsts, seconds = (max(view.counts.shape[axis] for view in views) for axis in (0, 1))
     for n, of, unit in ((kept.first, firsts, views[0].units[0]), (kept.second, seconds, views[0].units[1])):
         if n < of:
-            found.append(f"all but the first {n} of {of} {unit}s" if n > 1 else f"all but the first of {of} {unit}s")
+            found.append(f"all but the first {n} of {of} {unit}")
     if kept.policies < len(views):
         found.append(f"the policies after {views[kept.policies - 1].policy!r}")
     cut = [r for r in result.recorded if isinstance(r, RecordedService) and r.until_ps < r.end_ps]

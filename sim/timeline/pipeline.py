@@ -20,7 +20,7 @@ class PipelineView:
     """What a trace shows of one pipelined step. ``counts`` [groups, pipeline ranks] events, so that both can be left out
     from the end."""
 
-    units = ("expert-parallel group", "pipeline rank")
+    units = ("expert-parallel groups", "pipeline ranks")
 
     def __init__(self, recorded: RecordedPipeline) -> None:
         self.recorded, self.policy, self.until_ps = recorded, recorded.policy, recorded.optimizer_ps[1]
@@ -67,7 +67,7 @@ class PipelineView:
     @cached_property
     def counts(self) -> I64:
         n = [len(program) for program in self.recorded.programs]
-        found = np.array([[2 + 1 + 3 * chunks for chunks in n] for _ in range(self.n_groups)], dtype=np.int64)
+        found = np.array([[2 + 1 + 2 * chunks for chunks in n] for _ in range(self.n_groups)], dtype=np.int64)
         found[0] += 2  # the process itself
         for way in self._ways.values():
             for group in range(self.n_groups):
@@ -114,8 +114,8 @@ class PipelineView:
         for i, (chunk, start, end) in enumerate(zip(step.programs[rank], starts, ends, strict=True)):
             name, args = _described(chunk)
             yield scribe.slice(pid, tid, name, start, end, members(args | {"tokens": step.tokens}), chunk.kind)
-            yield scribe.counter(pid, f"micro-batches held, EP group {group}", start, {"micro-batches": held[i]})
-            yield scribe.counter(pid, f"time over mean, EP group {group}", start, {"chunk": against[i]})
+            values = {"micro-batches held": held[i], "chunk time/mean": against[i]}
+            yield scribe.counter(pid, f"EP group {group}", start, values)
         yield scribe.slice(pid, tid, "optimizer", *step.optimizer_ps, "", "optimizer")
 
 

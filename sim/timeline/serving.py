@@ -24,7 +24,7 @@ class ServiceView:
     """What a trace shows of one run of requests. ``counts`` [pieces, groups]: events by thousandth of the recorded time
     and by group, so that both can be left out from the end."""
 
-    units = ("thousandth of the time", "unit group")
+    units = ("thousandths of the time", "unit groups")
 
     def __init__(self, recorded: RecordedService) -> None:
         self.recorded, self.policy, self.until_ps = recorded, recorded.policy, recorded.until_ps
@@ -68,7 +68,7 @@ class ServiceView:
         return {
             "requests": _changes(points[:, [0, 2, 3]], ("waiting", "running")),
             "KV cache blocks": _changes(blocks, ("used",)),
-            "imbalance": _changes(busiest, ("max over mean",), self.recorded.imbalance[rows]),
+            "imbalance": _changes(busiest, ("max/mean",), self.recorded.imbalance[rows]),
         }
 
     def _marks(self, number: int) -> list[tuple[int, str, dict[str, Any]]]:

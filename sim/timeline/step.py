@@ -24,7 +24,7 @@ class StepView:
     """What a trace shows of one step. ``counts`` [nodes, layers]: events by node and by the layer they belong to, so that
     both can be left out from the end."""
 
-    units = ("node", "layer")
+    units = ("nodes", "layers")
 
     def __init__(self, recorded: RecordedStep) -> None:
         self.recorded = recorded
@@ -156,13 +156,13 @@ class StepView:
     def _counters(self, scribe: Scribe, pid: int, node: range, kept: list[int]) -> Iterator[str]:
         step, here = self.recorded, slice(node.start, node.stop)
         for at_ps, n in zip(*(values.tolist() for values in self._waiting(node)), strict=True):
-            yield scribe.counter(pid, "devices waiting", at_ps, {"devices": n})
+            yield scribe.counter(pid, "devices", at_ps, {"waiting": n})
         for i in kept:
             if step.labels[i].phase == "experts":
                 load = step.tokens[i] / max(1.0, float(step.tokens[i].mean()))
                 values = {"fullest device": float(load[here].max()), "node": float(load[here].mean())}
                 at_ps = int(step.start_ps[i, here].min())
-                yield scribe.counter(pid, "expert tokens over mean", at_ps, values)
+                yield scribe.counter(pid, "expert tokens/mean", at_ps, values)
 
 
 def _described(label: Label) -> tuple[str, str, str]:

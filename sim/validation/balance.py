@@ -74,7 +74,9 @@ def _aux_loss(inputs: Inputs) -> Iterator[Figure]:
         relation="at_least",
     )  # fmt: skip
     kept = found["alpha 0.01"]["kept_affinity"] / found[one]["kept_affinity"]
-    yield Figure("alpha = 0.01 costs more: kept affinity against 0.001", "the same, Figure 2", 1, kept, 0, relation="at_most")
+    yield Figure(
+        "alpha = 0.01 costs more: kept affinity against 0.001", "the same, Figure 2", 1, kept, 0, relation="at_most"
+    )
 
 
 def _collapse(inputs: Inputs) -> Iterator[Figure]:
@@ -83,9 +85,17 @@ def _collapse(inputs: Inputs) -> Iterator[Figure]:
     result = run(str(inputs.scenarios / f"{name}.yaml"), overrides=sets, jobs=None)
     by_step = result.tables["steps"]["max_vio"]
     where = "SmartMoE artefact (ATC'23), table_iter logs, layers 1, 3, ..., 11: iteration"
-    for iteration, recorded, bar in ((1, 0.50, 0.2), (11, 10.4, 0.2), (21, 13.5, 0.2), (201, 12.4, 0.2), (501, 9.9, 0.2)):
+    for iteration, recorded, bar in (
+        (1, 0.50, 0.2),
+        (11, 10.4, 0.2),
+        (21, 13.5, 0.2),
+        (201, 12.4, 0.2),
+        (501, 9.9, 0.2),
+    ):
         step = min(iteration - 1, len(by_step) - 1)
-        reason = "the feedback rule is an assumption whose constants were set on the even layers" if iteration == 1 else ""
+        reason = (
+            "the feedback rule is an assumption whose constants were set on the even layers" if iteration == 1 else ""
+        )
         yield Figure(
             f"collapse without balancing: MaxVio at iteration {iteration}", f"{where} {iteration}", recorded,
             float(np.float64(by_step[step])), bar, kind="calibration", reason=reason,

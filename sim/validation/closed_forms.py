@@ -80,7 +80,15 @@ def _decode(scenarios: Path) -> Iterator[Figure]:
             "us", relation="at_least", reason="2.8 us same leaf (Table 5), 46 of 50 GB/s, 23 us of kernel per direction",
         )  # fmt: skip
     nic = real.link_latency_s[real.paths[0, 1][real.paths[0, 1] >= 0]].sum()
-    yield Figure("InfiniBand, same leaf: latency of a route", "arXiv 2505.09343, Table 5", 2.8, float(nic) * 1e6, 1e-9, "us", kind="calibration")
+    yield Figure(
+        "InfiniBand, same leaf: latency of a route",
+        "arXiv 2505.09343, Table 5",
+        2.8,
+        float(nic) * 1e6,
+        1e-9,
+        "us",
+        kind="calibration",
+    )
 
 
 def _training(scenarios: Path) -> Iterator[Figure]:

@@ -42,7 +42,12 @@ _LOW_LATENCY: dict[Release, tuple[tuple[int, float, float], ...]] = {
     "v1": ((8, 77, 114), (16, 118, 195), (32, 155, 273), (64, 173, 314), (128, 192, 369), (256, 194, 360)),
     "v1_first": ((8, 163, 318), (16, 173, 329), (32, 182, 350), (64, 186, 353)),
 }
-_FIGURE_7: tuple[tuple[int, float, float], ...] = ((16, 43.05, 42.47), (32, 58.02, 56.96), (64, 50.58, 48.54), (128, 45.34, 41.6))
+_FIGURE_7: tuple[tuple[int, float, float], ...] = (
+    (16, 43.05, 42.47),
+    (32, 58.02, 56.96),
+    (64, 50.58, 48.54),
+    (128, 45.34, 41.6),
+)
 # Cluster, EP size, SMs, dispatch and combine; "b200 CX7" is B200 with 400 Gb/s cards.
 _V2: tuple[tuple[str, int, int, float, float], ...] = (
     ("h100", 16, 12, 90, 81),
@@ -224,7 +229,9 @@ def _nccl(scenarios: Path, name: str, table: pd.DataFrame) -> Iterator[Figure]:
         ours = _COLLECTIVES[str(op)](cluster, int(n), size, domain)
         errors = list(ours * 1e3 / latency_ms.to_numpy() - 1)
         kind: Any = "calibration" if name in ("h100", "a100") and n != 4 else "prediction"
-        yield _median(f"{name}, NCCL {op}, {n} devices", "aiconfigurator-core 0.12.0, nccl table", errors, 0.25, kind=kind)
+        yield _median(
+            f"{name}, NCCL {op}, {n} devices", "aiconfigurator-core 0.12.0, nccl table", errors, 0.25, kind=kind
+        )
 
 
 def _package(scenarios: Path, root: Path) -> Iterator[Figure]:
@@ -236,7 +243,9 @@ def _package(scenarios: Path, root: Path) -> Iterator[Figure]:
             if not (at / "wideep_deepep_ll_perf.parquet").is_file():
                 continue
             low, normal = (pd.read_parquet(at / f"wideep_deepep_{part}_perf.parquet") for part in ("ll", "normal"))
-            normal = normal[(normal.hidden_size == HIDDEN) & (normal.num_experts == EXPERTS) & (normal.num_topk == TOPK)]
+            normal = normal[
+                (normal.hidden_size == HIDDEN) & (normal.num_experts == EXPERTS) & (normal.num_topk == TOPK)
+            ]
             # Fewer experts than a token asks for ranks: the collector's load is uneven there.
             low = low[low.num_experts > 16]
             yield from _deepep(scenarios, name, low, normal, version, per_node)

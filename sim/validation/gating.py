@@ -51,7 +51,11 @@ def _groups(ids: I16, n_experts: int, n_groups: int) -> float:
 
 
 def _fan_out() -> Iterator[Figure]:
-    for n_experts, n_groups, k, what in ((256, 8, 8, "V3, nodes"), (256, 64, 8, "V3, devices"), (160, 8, 6, "V2, devices")):
+    for n_experts, n_groups, k, what in (
+        (256, 8, 8, "V3, nodes"),
+        (256, 64, 8, "V3, devices"),
+        (160, 8, 6, "V2, devices"),
+    ):
         exact = expected_groups_touched(n_experts, k, n_groups)
         touched = _groups(_select(TopK(), _normal("fan-out", n_experts), k), n_experts, n_groups)
         closed = "closed form: G (1 - C(E - E/G, k) / C(E, k))"
@@ -72,7 +76,13 @@ def _group_limits() -> Iterator[Figure]:
     for topk_group, published in ((1, 0.607), (2, 0.836), (3, 0.944), (4, 0.988), (5, 0.999)):
         ids = _select(GroupLimited(n_group=8, topk_group=topk_group, group_score="max"), scores, 6)
         share = float((_KERNELS.picked(scores, ids).sum(axis=1) / best).mean())
-        yield Figure(f"V2 rule: mass kept with M = {topk_group} of 8", f"{small}; V2 report 2.2.2: M >= 3", published, share, 0.005)
+        yield Figure(
+            f"V2 rule: mass kept with M = {topk_group} of 8",
+            f"{small}; V2 report 2.2.2: M >= 3",
+            published,
+            share,
+            0.005,
+        )
 
 
 def _chance() -> Iterator[Figure]:

@@ -13,7 +13,9 @@ from sim.validation import Figure, Inputs
 def figures(inputs: Inputs) -> Iterator[Figure]:
     """Yield the published sizes of every model that has them, and the training FLOPs of DeepSeek-V2 and V3."""
     reader = YAML(typ="safe", pure=True)
-    models = {path.stem: Model.model_validate(reader.load(path)) for path in (inputs.scenarios / "models").glob("*.yaml")}
+    models = {
+        path.stem: Model.model_validate(reader.load(path)) for path in (inputs.scenarios / "models").glob("*.yaml")
+    }
     for name, model in sorted(models.items()):
         published = model.published
         if published is None:
@@ -26,7 +28,12 @@ def figures(inputs: Inputs) -> Iterator[Figure]:
         source = (model.source or "").split(";")[0]
         if published.total_b is not None:
             yield Figure(
-                f"{name}: parameters", source, published.total_b, model.total_parameters / 1e9, published.tolerance, "1e9"
+                f"{name}: parameters",
+                source,
+                published.total_b,
+                model.total_parameters / 1e9,
+                published.tolerance,
+                "1e9",
             )
         if published.active_b is not None:
             yield Figure(f"{name}: active", source, published.active_b, active / 1e9, published.tolerance, "1e9")
@@ -39,4 +46,6 @@ def figures(inputs: Inputs) -> Iterator[Figure]:
     ours = v3.training_flops_per_token(4096, causal=False) / v3.training_flops_per_token(4096)
     yield Figure("deepseek_v3: non-causal / causal FLOPs", f"{isca} 4 (432 and 385 TFLOPS)", share, ours, 0.002)
     for name, published_bytes in (("deepseek_v3", 70_272), ("llama3_1_405b", 516_096)):
-        yield Figure(f"{name}: KV cache per token", f"{isca} 1", published_bytes, models[name].kv_cache_bytes_per_token(), 0, "B")
+        yield Figure(
+            f"{name}: KV cache per token", f"{isca} 1", published_bytes, models[name].kv_cache_bytes_per_token(), 0, "B"
+        )

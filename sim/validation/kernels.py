@@ -96,7 +96,9 @@ def _trace(h800: Device) -> Iterator[Figure]:
         for part in ("forward", "dgrad", "wgrad")
     ]  # fmt: skip
     again = float(
-        COST.gemm_s(h800, tokens=4096, in_features=7168, out_features=RECOMPUTED / 7168, dtype="fp8", sm_fraction=TRACE_SMS)
+        COST.gemm_s(
+            h800, tokens=4096, in_features=7168, out_features=RECOMPUTED / 7168, dtype="fp8", sm_fraction=TRACE_SMS
+        )
     )
     passes: tuple[Pass, Pass] = ("forward", "backward")
     forward, backward = (

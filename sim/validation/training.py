@@ -65,7 +65,9 @@ def _means(inputs: Inputs, name: str, policies: int) -> list[dict[str, float]]:
 
 def _v3(inputs: Inputs) -> Iterator[Figure]:
     (ours,) = _means(inputs, "v3_training", 1)
-    split = "how Table 4 divides a rank's time is not described; DeepSeek's split of layers over stages is not published"
+    split = (
+        "how Table 4 divides a rank's time is not described; DeepSeek's split of layers over stages is not published"
+    )
     for name, key, published, unit, reason in (
         ("step time", "step_time_s", 19.926, "s", ""),
         ("1F", "forward_s", 1.13, "s", split),

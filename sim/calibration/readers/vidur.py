@@ -46,7 +46,11 @@ def read(table: pd.DataFrame) -> list[Rows]:
             }
         )
         left = len(group) - len(rows)
-        dropped = (("no tokens or no time" if str(precision) in _DTYPES else f"number format {precision}", left),) if left else ()
+        dropped = (
+            (("no tokens or no time" if str(precision) in _DTYPES else f"number format {precision}", left),)
+            if left
+            else ()
+        )
         name = f"{backend} {precision}"
         found.append(Rows(name, _DTYPES.get(str(precision), "bf16"), frame, _loads(rows), True, dropped))
     return found

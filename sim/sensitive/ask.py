@@ -1,0 +1,207 @@
+"""The whole question: find the constants, vary each, vary all."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sim.estimate import MAX_SECONDS, TooBig, estimate
+from sim.loading import load
+from sim.located import nearest
+from sim.results import metrics_of
+from sim.scenario import Scenario
+from sim.sensitive.answer import Sensitivity, Together
+from sim.sensitive.constants import SPREAD, Constant, allowed, assumptions, parse
+from sim.sensitive.evaluate import Evaluator
+from sim.sensitive.indices import design, independent, indices
+from sim.sensitive.oneway import Ask, Row, break_evens, ends, reach
+from sim.sensitive.standings import standing, winners
+from sim.tokens import F64
+
+SAMPLES = 32
+_DEFAULTS = ("step_time_s", "tpot_mean_s", "ttft_mean_s", "iteration_s")
+
+
+def ask(
+    source: Any,
+    *,
+    metric: str | None = None,
+    vary: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+    samples: int = SAMPLES,
+    seed: int = 0,
+    jobs: int | None = 1,
+    force: bool = False,
+    allow_outside: bool = False,
+    progress: bool = False,
+) -> Sensitivity:
+    """Return which constants could change what wins. source: a scenario file, plain data or a `Scenario`.
+
+    metric: of `sim.results.metrics_of` (default: the time of a step, or of an output token). vary: ``KEY=±20%``,
+    ``KEY=low:high`` or ``KEY``; none: `sim.sensitive.constants.assumptions`. samples: a power of two, 0: one at a time only.
+    seed: of the samples; the runs have the scenario's own. Raises ScenarioError, TooBig, or ValueError with one line.
+    """
+    scenario = load(source, overrides, allow_outside=allow_outside) if not isinstance(source, Scenario) else source
+    expected = estimate(scenario)
+    if expected.too_big and not force:
+        raise TooBig(expected)
+    if samples:
+        design([(0.0, 1.0)], samples, seed)  # refused before anything runs
+    competing, left_out = _competing(scenario)
+    constants = parse(scenario, vary) if vary else assumptions(scenario, SPREAD)
+    if not constants:
+        raise ValueError("the scenario has no constant to vary")
+    with Evaluator(scenario, *_metric(scenario, metric, competing, jobs, progress)) as evaluator:
+        return _answer(evaluator, constants, competing, left_out, samples, seed, force, screened=not vary)
+
+
+def _metric(scenario: Scenario, name: str | None, competing: Sequence[int], jobs: int | None, progress: bool) -> Any:
+    known = {one.name: one for one in metrics_of(scenario)}
+    names = [name] if name else [one for one in _DEFAULTS if one in known]
+    if name is not None and name not in known:
+        near = nearest(name, known)
+        raise ValueError(f"--metric {name}: no such metric{f' (did you mean {near}?)' if near else ''}")
+    return names[0], jobs, progress
+
+
+def _competing(scenario: Scenario) -> tuple[list[int], list[int]]:
+    """Policies that can win, and floors, whose gates look at nothing: what nobody would deploy."""
+    floors = [i for i, policy in enumerate(scenario.policies) if scenario.model_of(policy).is_moe and policy.select.reads == "nothing"]  # fmt: skip
+    rest = [i for i in range(len(scenario.policies)) if i not in floors]
+    if len(rest) < 2:
+        floors, rest = [], list(range(len(scenario.policies)))
+    if len(rest) < 2:
+        raise ValueError("only one policy: nothing can win or lose")
+    return rest, floors
+
+
+def _answer(
+    evaluator: Evaluator,
+    constants: list[Constant],
+    competing: list[int],
+    left_out: list[int],
+    samples: int,
+    seed: int,
+    force: bool,
+    screened: bool,
+) -> Sensitivity:
+    scenario = evaluator.scenario
+    metric = next(one for one in metrics_of(scenario) if one.name == evaluator.metric)
+    stated, names = evaluator.stated[competing], [scenario.policies[i].name for i in competing]
+    if metric.better == "none":
+        raise ValueError(f"--metric {metric.name}: neither more nor less of it is better")
+    if np.isnan(stated).any():
+        without = [name for name, values in zip(names, stated, strict=True) if np.isnan(values).any()]
+        raise ValueError(f"--metric {metric.name}: {', '.join(without)} has none in this run")
+    sign = -1.0 if metric.better == "higher" else 1.0
+    _affordable(evaluator, constants, samples, force)
+
+    def values(chosen: Sequence[Constant], points: Sequence[tuple[float, ...]], label: str) -> F64:
+        return evaluator.values(chosen, points, label)[:, competing]
+
+    if screened:
+        constants = _screen(constants, values, stated)
+
+    def asker(chosen: Sequence[Constant], label: str) -> Ask:
+        def found(points: Sequence[tuple[int, float]]) -> F64:
+            here = [one.stated for one in chosen]
+            return values(chosen, [(*here[:i], x, *here[i + 1 :]) for i, x in points], label)
+
+        return found
+
+    start = standing(stated, sign)
+    rows = ends(constants, asker(constants, "ends"), stated, sign)
+    tried = reach(rows, lambda constant, x: allowed(scenario, constant, x))
+    rows = break_evens(rows, asker(constants, "break-even"), start.winner, sign, tried)
+    moving = sorted((row for row in rows if row.effect > 0), key=lambda row: -row.effect)
+    together = None
+    if samples and moving:
+        together = _together(moving, values, start.winner, start.runner_up, sign, samples, seed, names)
+    return Sensitivity(
+        scenario=evaluator.scenario,
+        metric=metric,
+        policies=tuple(names),
+        left_out=tuple(scenario.policies[i].name for i in left_out),
+        stated=start,
+        rows=tuple(moving),
+        without_effect=tuple(row for row in rows if not row.effect > 0),
+        together=together,
+        evaluations=evaluator.asked,
+    )
+
+
+def _affordable(evaluator: Evaluator, constants: Sequence[Constant], samples: int, force: bool) -> None:
+    """Start the processes that the work is worth. Raises TooBig above the limits of a run."""
+    routes = sum(constant.reroutes for constant in constants)
+    timings = 4 * len(constants) + samples * (len(constants) + 2)
+    routings = 4 * routes + (samples * (routes + 2) if routes else 0)
+    whole = estimate(evaluator.scenario)
+    seconds = timings * evaluator.seconds + routings * whole.seconds
+    if seconds > MAX_SECONDS and not force:
+        reason = (
+            f"about {timings} timings and {routings} routings, {seconds / 3600:.3g} hours on one core, exceed "
+            f"{MAX_SECONDS / 3600:g}: fewer --samples, fewer constants (--vary), or fewer traffic.tokens_per_rank"
+        )
+        raise TooBig(dataclasses.replace(whole, seconds=seconds, reason=reason))
+    evaluator.grow(timings)
+
+
+Values = Callable[[Sequence[Constant], Sequence[tuple[float, ...]], str], F64]
+
+
+def _screen(constants: Sequence[Constant], values: Values, stated: F64) -> list[Constant]:
+    """Leave out the kernels that the scenario never calls: all constants of one lowered at once change nothing."""
+    kernels: dict[str, list[int]] = {}
+    for i, constant in enumerate(constants):
+        parts = constant.keys[0].split(".")
+        if "kernels" in parts:
+            kernels.setdefault(".".join(parts[:-1]), []).append(i)
+    points = [
+        tuple(one.low if i in which else one.stated for i, one in enumerate(constants)) for which in kernels.values()
+    ]
+    found = values(constants, points, "kernels")
+    unused = {i for which, one in zip(kernels.values(), found, strict=True) if (one == stated).all() for i in which}
+    return [constant for i, constant in enumerate(constants) if i not in unused]
+
+
+def _together(
+    rows: Sequence[Row],
+    values: Values,
+    winner: int,
+    runner_up: int,
+    sign: float,
+    samples: int,
+    seed: int,
+    names: Sequence[str],
+) -> Together:
+    constants = tuple(row.constant for row in rows)
+    bounds = [(constant.low, constant.high) for constant in constants]
+    points = design(bounds, samples, seed)
+    found = values(constants, [tuple(point) for point in points.tolist()], "samples")
+    means = found.mean(axis=2)
+    gap = sign * (means[:, runner_up] - means[:, winner])
+    who = winners(found, sign)
+    counted = np.bincount(independent(who, len(constants)), minlength=len(names))
+    table: dict[str, list[Any]] = {
+        f"{i}: {constant.label}": points[:, i].tolist() for i, constant in enumerate(constants)
+    }
+    table |= {"independent": independent_flags(len(who), len(constants)), "winner": [names[i] for i in who.tolist()], "gap": gap.tolist()}  # fmt: skip
+    return Together(constants, indices(bounds, gap, seed), int(counted.sum()), tuple(counted.tolist()), table)
+
+
+def independent_flags(points: int, inputs: int) -> list[bool]:
+    """Return [points] which ones of the design are independent draws."""
+    chosen = set(independent(np.arange(points), inputs).tolist())
+    return [i in chosen for i in range(points)]
+
+
+def options_of(call: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of `ask` as a notebook writes them: ``vary`` and ``overrides`` may be mappings."""
+    found = dict(call)
+    for name in ("vary", "overrides"):
+        if isinstance(found.get(name), Mapping):
+            found[name] = [f"{key}={value}" for key, value in found[name].items()]
+    return found

@@ -1,0 +1,73 @@
+"""A sweep in one call, and what it has in common with the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sim.loading import opened
+from sim.located import Problem, ScenarioError
+from sim.scenario import Scenario
+from sim.store import check_writable, resolved_data
+from sim.sweeping.axes import Varied, from_mapping
+from sim.sweeping.folder import Refused
+from sim.sweeping.points import BadPoints, Plan, plan
+from sim.sweeping.sweep import Sweep
+from sim.sweeping.work import TooLong, run
+
+
+def prepared(
+    source: Any, varied: Sequence[Varied], overrides: Sequence[str], *, allow_outside: bool = False, **options: Any
+) -> Plan:
+    """Read a scenario, change it and make all points of its sweep; options as in `sim.sweeping.points.plan`."""
+    twice = {text.partition("=")[0].strip() for text in overrides} & {axis.axis.key for axis in varied}
+    if twice:
+        raise ScenarioError([Problem(f"--vary {key}", "", "is set by --set too") for key in sorted(twice)])
+    document = opened(source, overrides, allow_outside=allow_outside)
+    return plan(document, varied, allow_outside=allow_outside, **options)
+
+
+def folder_of(out: str | os.PathLike[str], plan: Plan, name: str) -> Path:
+    """Return where a sweep lies. Raises ValueError for a bad name and OSError for a place that cannot be written."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,59}", name):
+        raise ValueError(f"--name {name}: must be letters, digits, '_', '-' and '.', and start with a letter or digit")
+    check_writable(out)
+    return Path(out) / plan.scenario.name / name
+
+
+def sweep(
+    source: Any,
+    vary: Mapping[str, Any] | None = None,
+    *,
+    overrides: Mapping[str, Any] | Sequence[str] = (),
+    replicas: int | None = None,
+    design: str | None = None,
+    points: int | None = None,
+    seed: int | None = None,
+    skip_invalid: bool = False,
+    out: str | os.PathLike[str] | None = None,
+    name: str = "sweep",
+    jobs: int | None = 1,
+    **options: Any,
+) -> Sweep:
+    """Sweep a scenario (a file, plain data or a `Scenario`) and return its `Sweep`.
+
+    vary: values by key: a list, ``{"low": .., "high": ..}`` with ``"step"`` or ``"log"``, or text such as ``"1:8"``; by
+    default the file's own ``sweep`` block. overrides, replicas, jobs: as in `sim.run`. design, points, seed: which points
+    are tried. out: folder to write to; None: nothing is written. options: ``backend``, ``address``, ``resume``,
+    ``overwrite``, ``force``, ``progress``. Raises ScenarioError, OSError, and ValueError for everything else that is
+    refused.
+    """
+    sets = [f"{k}={json.dumps(v)}" for k, v in overrides.items()] if isinstance(overrides, Mapping) else list(overrides)
+    sets += [] if replicas is None else [f"replicas={replicas}"]
+    data = resolved_data(source) if isinstance(source, Scenario) else source
+    chosen = {"design": design, "points": points, "seed": seed, "skip_invalid": skip_invalid}
+    try:
+        found = prepared(data, from_mapping(vary or {}), sets, **chosen)
+        return run(found, None if out is None else folder_of(out, found, name), jobs=jobs, **options)
+    except (BadPoints, Refused, TooLong) as error:
+        raise ValueError(str(error)) from None
