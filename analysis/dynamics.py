@@ -110,9 +110,10 @@ def _max_vio(
         if len(mine):
             curves[label] = mine.groupby("step").max_vio.mean().to_numpy(float)
             floors |= set(mine.max_vio_floor.dropna().round(9))
-            stop = getattr(policy_named(result, name).balance, "stop_after_step", None)
-            if stop is not None:
-                stops[label] = float(stop)
+            found = [getattr(rule, "stop_after_step", None) for rule in policy_named(result, name).balance]
+            ends = [float(stop) for stop in found if stop is not None]
+            if ends:
+                stops[label] = max(ends)
     if not curves:
         raise ValueError(GATED if policy is None else f"{policy}: no routed experts")
     return curves, floors, stops
@@ -145,7 +146,7 @@ def collapse(result: Result, *, width_in: float = WIDTH_IN) -> Figure:
     layers = filled(result, "layers", ("policy", "replica", "step", "layer", "max_vio", "least_share"), GATED)
     names = [name for name in policy_names(result) if (layers.policy == name).any()]
     wide = width_in > COLUMN_IN
-    labels = [wrapped(name, 26 if wide else 18) for name in names]
+    labels = [wrapped(name, 26 if wide else 16) for name in names]
     bars_in = 0.7 * row_in(labels) * len(names) + 0.6
     panels = (("max_vio", "MaxVio of a batch\n[max/mean - 1]"), ("least_share", "least-used expert\n[mean = 1]"))
     with plt.rc_context(STYLE):
@@ -195,7 +196,7 @@ def _starved(axis: Axes, result: Result, names: list[str], labels: list[str], wi
     axis.set_ylim(-0.6, len(names) - 0.4)
     axis.set_xlim(0, max(5.0, 1.1 * float(np.nanmax(starved["mean"] + starved["half_width"].fillna(0)))))
     axis.set_xlabel(
-        wrapped("experts below 10 % of the mean load (dark: below 1 %) [%]", 64 if width_in > COLUMN_IN else 34)
+        wrapped("experts below 10 % of the mean load (dark: below 1 %) [%]", 64 if width_in > COLUMN_IN else 24)
     )
 
 

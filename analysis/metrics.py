@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,7 +124,9 @@ def key_name(key: str) -> str:
 
 
 def value_name(value: Any) -> str:
-    """Return a value of an axis as labels show it."""
+    """Return a value of an axis as labels show it; a mapping, as such or as JSON, by its name or kind."""
+    if isinstance(value, str) and value.startswith("{"):
+        value = json.loads(value)
     if isinstance(value, dict):
         return str(value.get("name") or value.get("kind") or value)
     if isinstance(value, bool | np.bool_):

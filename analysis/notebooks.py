@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,10 @@ def execute(notebook: Any) -> Any:
 
     fresh = nbformat.from_dict(notebook)
     where = {"metadata": {"path": str(FOLDER.parent)}}
-    nbclient.NotebookClient(fresh, timeout=TIMEOUT_S, kernel_name="python3", resources=where).execute()
+    client = nbclient.NotebookClient(
+        fresh, timeout=TIMEOUT_S, kernel_name="python3", resources=where, extra_arguments=["--log-level=ERROR"]
+    )
+    client.execute()
     return normalised(fresh)
 
 
@@ -103,12 +107,29 @@ def differences(committed: Any, fresh: Any) -> Iterator[str]:
             yield f"code cell {i}: {what}"
 
 
-def executed(names: Sequence[str], jobs: int | None = None) -> Iterator[tuple[str, Any, Any, float]]:
-    """Execute notebooks side by side, a kernel each, and yield (name, committed, fresh, seconds) in the order of names."""
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """A notebook as committed and as executed now; ``fresh`` is None if a cell failed, which ``error`` names."""
 
-    def one(name: str) -> tuple[str, Any, Any, float]:
-        start, committed = time.perf_counter(), read(name)
-        return name, committed, execute(committed), time.perf_counter() - start
+    name: str
+    committed: Any
+    fresh: Any
+    error: str
+    seconds: float
+
+
+def executed(names: Sequence[str], jobs: int | None = None) -> Iterator[Execution]:
+    """Execute notebooks side by side, a kernel each, ``jobs`` at a time (default: one for each core), and yield them in
+    the order of ``names``."""
+    from nbclient.exceptions import CellExecutionError
+
+    def one(name: str) -> Execution:
+        start, committed, error, fresh = time.perf_counter(), read(name), "", None
+        try:
+            fresh = execute(committed)
+        except CellExecutionError as failed:
+            error = f"{failed.ename}: {failed.evalue}"
+        return Execution(name, committed, fresh, error, time.perf_counter() - start)
 
     with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
         yield from pool.map(one, names)
@@ -118,7 +139,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m analysis.notebooks",
         description="Execute the notebooks of analysis/ in place.",
-        epilog="exit status: 0 done, 1 --check found other numbers, 2 bad input, 130 interrupted",
+        epilog="exit status: 0 done, 1 a cell failed or --check found other numbers, 2 bad input, 130 interrupted",
     )
     p.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(notebooks())}; default: all")
     p.add_argument("--check", action="store_true", help="write nothing; compare with what is committed")
@@ -135,16 +156,16 @@ def _main(args: argparse.Namespace) -> int:
     unknown = [name for name in args.names if name not in notebooks()]
     if unknown:
         raise ValueError(f"NAME must be one of {', '.join(notebooks())} [got {unknown[0]!r}]")
-    found = 0
-    for name, committed, fresh, seconds in executed(args.names or notebooks(), args.jobs):
-        print(f"{name}: {seconds:.1f} s")
-        if args.check:
-            for line in differences(committed, fresh):
-                print(f"{name}: {line}", file=sys.stderr)
-                found = 1
-        else:
-            _write(name, fresh)
-    return found
+    status = 0
+    for run in executed(args.names or notebooks(), args.jobs):
+        problems = [run.error] if run.error else list(differences(run.committed, run.fresh)) if args.check else []
+        print(f"{run.name}: {run.seconds:.1f} s")
+        for problem in problems:
+            print(f"{run.name}: {problem}", file=sys.stderr)
+            status = 1
+        if not (problems or args.check):
+            _write(run.name, run.fresh)
+    return status
 
 
 def _write(name: str, notebook: Any) -> None:

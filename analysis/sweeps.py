@@ -215,7 +215,7 @@ def _ticks(axis: Axes, values: list[Any], columns: int, width_in: float) -> None
     if not _numeric(values):
         labels = [value_name(value) for value in values]
         fits = max(map(len, labels)) * 0.07 <= panel_in / len(values)
-        turned: dict[str, Any] = {} if fits else {"rotation": 35, "ha": "right", "rotation_mode": "anchor"}
+        turned: dict[str, Any] = {} if fits else {"rotation": 90}
         axis.set_xticks(range(len(values)), [name if len(name) <= 18 else name[:17] + "…" for name in labels], **turned)
         axis.set_xlim(-0.5, len(values) - 0.5)
         return

@@ -48,21 +48,23 @@ def _frame(found: Rows) -> pd.DataFrame:
     """Return what the figures draw: errors and bars in % of the published value, signed."""
     table = []
     for group, row in found:
-        if row.relation != "equal" or math.isnan(row.ours):
-            # Only the wrong side counts; a bound that is kept has no error.
-            missed = 100 * row.error if not row.passed else 0.0
-        else:
-            missed = 100 * row.error
-        # Absolute rows have an error and a bar in their own unit: to be comparable both go over the published value.
-        over = abs(row.published) if row.absolute and row.published else 1.0
+        error, bar = 100 * row.error, 100 * row.bar
+        if row.published == 0:
+            # Itself an error, which the bar bounds: in % already, or a fraction.
+            error, bar = (row.error, row.bar) if row.unit == "%" else (error, bar)
+        elif row.absolute:
+            # In the row's own unit: over the published value it compares with the others.
+            error, bar = error / abs(row.published), bar / abs(row.published)
+        if row.relation != "equal" and row.published != 0 and row.passed:
+            error = 0.0  # a bound that is kept
         table.append(
             {
                 "group": group,
                 "name": row.name,
                 "published": row.published,
                 "ours": row.ours,
-                "error": missed / over,
-                "bar": 100 * row.bar / over,
+                "error": error,
+                "bar": bar,
                 "kind": row.kind,
                 "passed": row.passed,
             }

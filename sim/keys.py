@@ -31,7 +31,8 @@ def put(document: Document, overrides: Sequence[Override]) -> Document:
     for override in overrides:
         try:
             if "*" in override.path or override.path[0] == "gating":
-                document, plain = yamlfile.put(document, plain), []
+                due, plain = plain, []
+                document = yamlfile.put(document, due)
                 plain = _gates(document, override) if override.path[0] == "gating" else _items(document, override)
             else:
                 plain.append(override)

@@ -88,6 +88,7 @@ def _main(args: argparse.Namespace) -> int:
             points=args.points,
             skip_invalid=args.skip_invalid,
             allow_outside=args.allow_outside,
+            progress=not args.quiet and sys.stderr.isatty(),
         )
     except BadPoints as error:
         print(error, file=sys.stderr)
@@ -131,14 +132,18 @@ def _count(plan: Plan) -> str:
     from sim.units import human
 
     runs, skipped = len({point.run for point in plan.running}), len(plan.points) - len(plan.running)
-    text = f"{len(plan.points)} points" + (f", {skipped} of them skipped" if skipped else "")
+    text = f"{len(plan.points)} point{'s' * (len(plan.points) > 1)}" + (
+        f", {skipped} of them skipped" if skipped else ""
+    )
+    drawn = plan.block.points
+    text += f" (of {drawn} drawn: the others repeat them)" if drawn and drawn > len(plan.points) else ""
     text += f", {runs} different runs" if runs < len(plan.running) else ""
     found = expected(plan)
-    return f"{text}: about {human(found.seconds, 's')} on one core, {human(found.memory_bytes, 'B')} of memory for each process"
+    return f"{text}, about {human(found.seconds, 's')} on one core, {human(found.memory_bytes, 'B')} of memory for each process"
 
 
 def _dry(plan: Plan, rows: int = 20) -> list[str]:
-    lines = [f"would run {_count(plan)}"]
+    lines = [f"would run: {_count(plan)}"]
     for point in plan.points[:rows]:
         lines.append(plan.named(point) + (f": skipped: {point.skipped}" if point.skipped else ""))
     return lines + ([f"and {len(plan.points) - rows} more"] if len(plan.points) > rows else [])

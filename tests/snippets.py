@@ -14,12 +14,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Block(NamedTuple):
-    """A fenced block. file: where its first line says it lies, or nothing. extra: arguments that make its commands small."""
+    """A fenced block. file: where its first line says it lies, or nothing. extra: arguments that make its commands small.
+    loose: whether a small run may print other names and words than the quoted one."""
 
     language: str
     text: str
     file: str
     extra: list[str]
+    loose: bool
 
 
 def blocks(text: str, language: str = "") -> list[Block]:
@@ -29,10 +31,12 @@ def blocks(text: str, language: str = "") -> list[Block]:
     says with which further arguments a test runs its commands.
     """
     found = []
-    for match in re.finditer(r"(?:^<!-- small: (.*?) -->\n+)?^```(\w+)\n(.*?)^```$", text, flags=re.M | re.S):
-        small, kind, body = match.groups()
+    for match in re.finditer(
+        r"(?:^<!-- (?:small: (.*?)|(loose)) -->\n+)?^```(\w+)\n(.*?)^```$", text, flags=re.M | re.S
+    ):
+        small, loose, kind, body = match.groups()
         named = re.match(r"# ([\w./-]+\.(?:yaml|py))(?: .*)?\n", body)
-        found.append(Block(kind, body, named[1] if named else "", shlex.split(small or "")))
+        found.append(Block(kind, body, named[1] if named else "", shlex.split(small or ""), loose is not None))
     return [block for block in found if language in ("", block.language)]
 
 
@@ -73,7 +77,8 @@ def small(words: list[str], extra: list[str]) -> list[str]:
         made = [value for value in made if not value.startswith("replicas=")]
     if "--backend" in args:
         args[args.index("--backend") + 1] = "local"
-    return [*args, *(word for value in made for word in ("--set", value)), *extra]
+    jobs = [] if words[2] == "analysis.figures" else ["--jobs", "1"]
+    return [*args, *(word for value in made for word in ("--set", value)), *jobs, *extra]
 
 
 def run(words: list[str], extra: list[str]) -> int:

@@ -22,11 +22,13 @@ from sim.catalogue import FAMILIES
 from sim.loading import load
 from sim.reference import commands as command_page
 from sim.reference.kinds import shipped
-from tests.snippets import ROOT, Block, anchors, blocks, commands, links, run, words_of
+from tests.snippets import FILES, ROOT, Block, anchors, blocks, commands, links, run, words_of
 
 DOCS = ROOT / "sim" / "docs"
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 WRITTEN = [page for page in PAGES if not page.startswith("reference/")]
+CHINESE = "README.zh.md"
+RUN = r"(?<=/)[0-9a-f]{12}\b"  # a run's own folder
 NOT_RUN = ("pip ", "python -m pytest", "git ")  # of a shell block: what installs or tests
 SHRUNK = """
 import sim.study
@@ -70,11 +72,13 @@ def box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def _run_shell(block: Block, box: Path, capsys: pytest.CaptureFixture[str]) -> str:
+def _run_shell(block: Block, box: Path, capsys: pytest.CaptureFixture[str], quoted: bool) -> str:
+    """Run the commands of a block; shipped scenarios as they are, which tests/test_scenarios.py runs, only if ``quoted``."""
     said = ""
     for words in commands(block):
         line = " ".join(words)
-        if line.startswith(NOT_RUN):
+        plain = re.fullmatch(r"python -m sim\.run scenarios/(\w+)\.yaml", line)
+        if line.startswith(NOT_RUN) or (plain and plain[1] in FILES and not quoted):
             continue
         if words[:2] == ["python", "-m"]:
             assert run(words, block.extra) == 0, f"{line}\n{capsys.readouterr().err}"
@@ -98,32 +102,34 @@ def _load_fragment(block: Block, box: Path) -> None:
     load(file)
 
 
-@pytest.mark.parametrize("page", [page for page in WRITTEN if blocks(text_of(page))])
+@pytest.mark.parametrize("page", [page for page in WRITTEN if page != CHINESE and blocks(text_of(page))])
 def test_page_runs(page: str, box: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From top to bottom, in one folder; quoted output has the words and headings of what was printed last."""
     said = ""
-    for block in blocks(text_of(page)):
+    found = blocks(text_of(page))
+    for block, below in itertools.zip_longest(found, found[1:]):
         if block.file:
             (box / block.file).parent.mkdir(parents=True, exist_ok=True)
             (box / block.file).write_text(block.text, encoding="utf-8")
             if block.file.startswith("scenarios/") and block.text.count("\npolicies:"):
                 load(box / block.file)
         elif block.language == "bash":
-            said = _run_shell(block, box, capsys)
+            said = _run_shell(block, box, capsys, quoted=below is not None and below.language == "text")
         elif block.language == "python":
             exec(compile(block.text, page, "exec"), {"__name__": "page"})
             said = "".join(capsys.readouterr())
         elif block.language == "yaml":
             _load_fragment(block, box)
         elif block.language == "text":
-            _quoted(block.text, said)
+            _quoted(block.text, said, loose=block.loose)
 
 
-def _quoted(quoted: str, said: str) -> None:
-    missing = [word for word in dict.fromkeys(words_of(quoted)) if word not in said]
+def _quoted(quoted: str, said: str, *, loose: bool = False) -> None:
+    missing = [] if loose else [word for word in dict.fromkeys(words_of(quoted)) if word not in said]
     assert not missing, f"{missing} of a quoted output are not in\n{said}"
-    printed = {" ".join(line.split()) for line in said.splitlines()}
-    lines = [" ".join(line.split()) for line in quoted.splitlines()]
+    lines, printed = (
+        [" ".join(re.sub(RUN, "", line).split()) for line in text.splitlines()] for text in (quoted, said)
+    )
     headings = [line for line, below in itertools.pairwise(lines) if set(below) == {"-", " "}]
     assert not [line for line in headings if line not in printed], said
 
@@ -133,6 +139,16 @@ def test_quoted_output_is_compared() -> None:
         _quoted("policy  kept affinty\n", "policy  kept affinity\n")
     with pytest.raises(AssertionError):
         _quoted("policy  kept\n------  ----\n", "policy  affinity  kept\n")
+
+
+def test_chinese_page_says_what_others_say() -> None:
+    """Its commands are those of pages that run, its quoted output is the README's."""
+    others = (ROOT / "README.md").read_text(encoding="utf-8") + "".join(
+        text_of(page) for page in WRITTEN if page != CHINESE
+    )
+    for block in blocks(text_of(CHINESE)):
+        assert block.language in ("bash", "text")
+        assert not [line for line in block.text.splitlines() if line not in others]
 
 
 # Links, options, files -------------------------------------------------------------------------------------------

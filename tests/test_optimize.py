@@ -117,7 +117,7 @@ def _figures(data: dict[str, Any]) -> dict[str, list[float]]:
     }
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_once_all_was_tried_the_front_is_the_true_one(
     seed: int, small: str, pretend: Callable[[Figures], list[dict[str, Any]]]
 ) -> None:
@@ -157,13 +157,13 @@ def test_a_search_of_few_trials_repeats_none_and_depends_on_its_seed_alone(
     small: str, pretend: Callable[[Figures], list[dict[str, Any]]]
 ) -> None:
     made = pretend(_figures)
-    vary = {"cluster.nodes": list(range(2, 30)), "gating.select.topk_group": [1, 2]}
+    vary = {"cluster.nodes": list(range(2, 20)), "gating.select.topk_group": [1, 2]}
     goals = {"minimize": ["step_time_s"], "maximize": ["kept_affinity"]}
-    first = sim.optimize(small, vary, trials=30, seed=1, **goals)
-    assert len(made) == 30 == len({json.dumps(data) for data in made}) == first.trials["run"].nunique()
-    again = sim.optimize(small, vary, trials=30, seed=1, **goals)
+    first = sim.optimize(small, vary, trials=18, batch=6, seed=1, **goals)
+    assert len(made) == 18 == len({json.dumps(data) for data in made}) == first.trials["run"].nunique()
+    again = sim.optimize(small, vary, trials=18, batch=6, seed=1, **goals)
     assert again.trials.equals(first.trials)
-    other = sim.optimize(small, vary, trials=30, seed=2, **goals)
+    other = sim.optimize(small, vary, trials=18, batch=6, seed=2, **goals)
     assert not other.trials["run"].equals(first.trials["run"])
 
 
@@ -286,7 +286,7 @@ def test_a_trial_is_the_run_of_its_policy_among_all(whole: tuple[Front, dict[str
         assert {name: means[name] for name in trial.means} == pytest.approx(trial.means, rel=1e-15)
 
 
-def test_any_number_of_processes_and_any_engine_state_gives_the_same_bytes(
+def test_any_number_of_processes_gives_the_same_bytes(
     whole: tuple[Front, dict[str, str]], small: str, place: Path
 ) -> None:
     assert go(small, "--jobs=2") == 0

@@ -87,7 +87,7 @@ def test_paired_differences_cancel_what_is_common() -> None:
 @pytest.mark.parametrize("a", [-0.5, 0.0, 0.5, 0.9, 0.95])
 def test_autocorrelation_time_of_an_autoregression(a: float) -> None:
     rng = np.random.Generator(np.random.Philox(1))
-    found = [autocorrelation_time(autoregression(a, int(500 * max(1.0, tau_of(a))), rng)) for _ in range(100)]
+    found = [autocorrelation_time(autoregression(a, int(500 * max(1.0, tau_of(a))), rng)) for _ in range(40)]
     assert np.mean(found) == pytest.approx(max(1.0, tau_of(a)), rel=0.1)  # less than one sample is not told apart
 
 
@@ -102,13 +102,13 @@ def test_autocorrelation_time_within_20_percent_in_one_long_run() -> None:
 def test_batch_means_cover_where_they_do_not_refuse(a: float) -> None:
     rng = np.random.Generator(np.random.Philox(4))
     hits = []
-    for _ in range(400):
+    for _ in range(200):
         try:
             found = steady(autoregression(a, int(200 * tau_of(a)), rng))
         except NotEnough:
             continue
         hits.append(abs(found.mean) <= found.half_width)
-    assert len(hits) > 350 and 0.92 <= np.mean(hits) <= 0.985
+    assert len(hits) > 170 and 0.91 <= np.mean(hits) <= 0.985
 
 
 def test_short_series_are_refused_with_the_number() -> None:
@@ -223,9 +223,10 @@ def test_report_names_what_one_replica_knows(stepped: Result) -> None:
 
 
 def test_steady_of_requests_leaves_the_warm_up_out() -> None:
-    scenario = load(SCENARIOS / "llama_8b.yaml", ["replicas=1"])
+    scenario = load(SCENARIOS / "llama_8b.yaml", ["replicas=1", "serving.warmup_s=20"])
     assert scenario.serving is not None
     warmup_s = scenario.serving.warmup_s
+    assert warmup_s == 20
     n, rng = 3000, np.random.Generator(np.random.Philox(9))
     arrival = np.linspace(0, warmup_s + 100, n)
     ttft = np.where(arrival < warmup_s, 99.0, 0.2 + 0.01 * rng.standard_normal(n))

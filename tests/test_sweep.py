@@ -191,7 +191,7 @@ def test_the_sweep_block_of_a_file(small: str, place: Path, capsys: pytest.Captu
         [1, 4, 2],
     ]
     assert main([str(file), "--vary", "cluster.nodes=2", "--design", "grid", "--dry-run"]) == 0
-    assert "would run 1 points" in capsys.readouterr().out
+    assert "would run: 1 point," in capsys.readouterr().out
     file.write_text(text + "sweep:\n  vary:\n    cluster.node: [2, 4]\n    seed: [1, x]\n")
     assert main([str(file)]) == 2
     lines = capsys.readouterr().err.splitlines()
@@ -213,6 +213,15 @@ def test_files_named_in_a_block_are_relative_to_it(small: str, place: Path) -> N
     assert found.groupby("model")["memory_bytes"].first().is_monotonic_increasing
     there = sim.sweep("sub/s.yaml", {"model": ["sub/narrow.yaml", "sub/wide.yaml"]}).runs
     assert there["memory_bytes"].tolist() == found["memory_bytes"].tolist()
+
+
+def test_drawn_points(small: str) -> None:
+    sets = ["stragglers=[{device: 0, slowdown: 2}]"]
+    vary = {"stragglers.0.slowdown": {"low": 1.0, "high": 8.0, "log": True}, "gating.select.topk_group": "1:2"}
+    found = sim.sweep(small, vary, overrides=sets, design="sobol", points=4, replicas=1)
+    slow = found.axes["stragglers.0.slowdown"]
+    assert [int(np.log(x) / np.log(8) * 4) for x in slow] == [0, 1, 2, 3] and len(found.runs) == 12
+    assert found.runs.groupby("stragglers.0.slowdown")["step_time_s"].mean().is_monotonic_increasing
 
 
 # --- what is refused, before anything runs ---
@@ -262,7 +271,7 @@ def test_bad_axes(arguments: list[str], complaint: str, small: str, place: Path,
 @pytest.mark.usefixtures("quick")
 def test_skipped_points_are_listed(small: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([small, "--vary=gating.select.topk_group=1:3", "--skip-invalid", "--quiet"]) == 0
-    assert "1 points were skipped: see skipped.csv" in capsys.readouterr().out
+    assert "Skipped points (see skipped.csv): 1." in capsys.readouterr().out
     folder = Path("results/small/sweep")
     assert "n_group = 2" in (folder / "skipped.csv").read_text().splitlines()[1]
     assert list(read(folder).skipped) == [2] and read(folder).missing == ()
@@ -275,6 +284,11 @@ def test_sweeps_beyond_the_limits(small: str, monkeypatch: pytest.MonkeyPatch, c
     assert go(small, *big) == 2
     err = capsys.readouterr().err
     assert "point 0 (gating.select.topk_group = 1, cluster.nodes = 2): too big: " in err and "lower steps.count" in err
+    with monkeypatch.context() as patch:
+        patch.setattr(work_of_sweeps, "free_memory_bytes", lambda: 4e8)
+        assert go(small, "--jobs=2") == 2
+        assert "2 processes take about 52" in capsys.readouterr().err
+    assert not list(place.rglob("sweep.json"))
     monkeypatch.setattr(work_of_sweeps, "MAX_SECONDS", 1e-3)
     assert go(small) == 2
     err = capsys.readouterr().err
@@ -416,6 +430,17 @@ def test_after_kill_9_a_resumed_sweep_has_the_bytes_of_an_unbroken_one(moment: i
     assert whole.folder is not None
     assert hashes(folder) == hashes(whole.folder)
     assert not [path for path in Path("results/small").rglob(".*") if path.name != ".sweep.lock"]
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("moment", [2, 3, 4, 5])
+def test_after_kill_9_skipped_points_are_listed_all_the_same(moment: int, small: str) -> None:
+    vary = {"gating.select.topk_group": [1, 2, 3]}
+    assert killed_at(moment, lambda: sim.sweep(small, vary, out="results", skip_invalid=True))
+    sim.sweep(small, vary, out="results", skip_invalid=True, resume=True)
+    sim.sweep(small, vary, out="results", skip_invalid=True, name="whole")
+    assert hashes(Path("results/small/sweep")) == hashes(Path("results/small/whole"))
+    assert "skipped.csv" in hashes(Path("results/small/sweep"))
 
 
 @pytest.mark.usefixtures("quick")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+import signal
+import socket
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 from sim.plugin import Plugin
@@ -13,8 +17,34 @@ from sim.plugin import Plugin
 A = TypeVar("A")
 B = TypeVar("B")
 
+CONNECT_S = 5
 ONE_THREAD = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 """Set to 1 for workers: their BLAS threads would compete with the workers themselves."""
+
+
+def check_reached(address: str) -> None:
+    """Raise ValueError if nobody listens at ``HOST:PORT`` or ``scheme://HOST:PORT``: engines may try for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"--address {address}: nobody answers there ({error})") from None
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Let an engine end in peace: a front door that was interrupted interrupts again and again (`sim.console`)."""
+    alarm = getattr(signal, "SIGALRM", None)
+    if alarm is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(alarm, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(alarm, signal.SIG_DFL if before is None else before)
 
 
 class Shipped(Generic[A, B]):

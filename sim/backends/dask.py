@@ -17,11 +17,10 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from sim.backends import TRIES, Lost, absent
-from sim.backends._code import ONE_THREAD, Shipped
+from sim.backends._code import CONNECT_S, ONE_THREAD, Shipped, check_reached, undisturbed
 
 A = TypeVar("A")
 B = TypeVar("B")
-_CONNECT_S = 5
 
 
 class Backend:
@@ -43,11 +42,13 @@ class Backend:
             distributed: Any = importlib.import_module("distributed")  # which has no types
         except ImportError:
             raise absent("dask") from None
+        if self.address is not None:
+            check_reached(self.address)
         logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # what is lost is tried again
         with ExitStack() as undo:
             undo.enter_context(dask.config.set({
                 "distributed.scheduler.allowed-failures": 0,  # counted here
-                "distributed.comm.timeouts.connect": f"{_CONNECT_S}s",
+                "distributed.comm.timeouts.connect": f"{CONNECT_S}s",
             }))  # fmt: skip
             where: Any = self.address
             if where is None:
@@ -55,7 +56,7 @@ class Backend:
                     n_workers=self.jobs or os.cpu_count() or 1, threads_per_worker=1, dashboard_address=None, silence_logs="CRITICAL",
                 ))  # fmt: skip
             try:
-                self._client = undo.enter_context(distributed.Client(where, timeout=_CONNECT_S, set_as_default=False))
+                self._client = undo.enter_context(distributed.Client(where, timeout=CONNECT_S, set_as_default=False))
             except (OSError, ValueError) as error:
                 raise ValueError(f"--address {self.address}: no Dask scheduler answers there ({error})") from None
             self.workers = self._room()
@@ -69,7 +70,8 @@ class Backend:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._undo.close()
+        with undisturbed():
+            self._undo.close()
 
     def run(self, function: Callable[[A], B], items: Sequence[A]) -> Iterator[tuple[int, B]]:
         distributed: Any = importlib.import_module("distributed")

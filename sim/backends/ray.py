@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from sim.backends import TRIES, Lost, absent
-from sim.backends._code import ONE_THREAD, Shipped
+from sim.backends._code import ONE_THREAD, Shipped, check_reached, undisturbed
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -64,6 +64,7 @@ class Backend:
     def _connect(self, ray: Any) -> None:
         quiet = {"logging_level": "ERROR", "log_to_driver": False}
         if self.address is not None:
+            check_reached(self.address)
             try:
                 ray.init(address=self.address, **quiet)
             except (ConnectionError, RuntimeError, ValueError) as error:
@@ -88,9 +89,10 @@ class Backend:
     ) -> None:
         import ray
 
-        ray.shutdown()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        with undisturbed():
+            ray.shutdown()
+            if self._folder is not None:
+                shutil.rmtree(self._folder, ignore_errors=True)
 
     def run(self, function: Callable[[A], B], items: Sequence[A]) -> Iterator[tuple[int, B]]:
         import ray

@@ -118,7 +118,9 @@ def default_of(field: FieldInfo) -> str:
 def plain(value: Any) -> Any:
     """Return ``value`` as JSON has it."""
     if isinstance(value, BaseModel):
-        return {name: plain(getattr(value, name)) for name in value.model_fields_set}
+        return {
+            name: plain(getattr(value, name)) for name in type(value).model_fields if name in value.model_fields_set
+        }
     if isinstance(value, (tuple, list)):
         return [plain(item) for item in value]
     return value

@@ -9,19 +9,23 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
+from sim.metrics.dynamics import MIN_STEPS
 from sim.results import Result
+from sim.scenario import Scenario
 
 WIDE_IN, NARROW_IN = 7.0, 3.5
 
 
 class Drawing(NamedTuple):
-    """One figure. wide, narrow: SVG for a page's and for a telephone's width; narrow is empty where there is only one."""
+    """One figure. wide, narrow: SVG for a page's and for a telephone's width; narrow is empty where there is only one. plate:
+    whether the figure needs a light ground on a dark page."""
 
     name: str
     title: str
     caption: str
     wide: str
     narrow: str
+    plate: bool
 
 
 SHOWN: dict[str, tuple[str, str]] = {
@@ -29,6 +33,10 @@ SHOWN: dict[str, tuple[str, str]] = {
         "What each policy gives and takes",
         "A dot per policy with its 95 % interval over replicas. Grey ticks beside MaxVio are the floor of a uniformly random "
         "gate.",
+    ),
+    "pareto": (
+        "Which policies no other beats in both",
+        "Time or rate against what is kept or what a user gets, with 95 % intervals; the line joins the policies of the front.",
     ),
     "step_breakdown": (
         "Where the time of a step goes",
@@ -60,6 +68,10 @@ SHOWN: dict[str, tuple[str, str]] = {
         "Expert tokens over the mean, busiest rank first. Hollow marks: the busiest rank of a single layer. Dotted: a "
         "uniformly random gate.",
     ),
+    "sorted_loads": (
+        "Load of experts, sorted",
+        "Over the mean of their layer, all steps together; dotted: a uniformly random gate.",
+    ),
     "load_heatmap": (
         "Load of every expert",
         "Layers down, experts by load across, of the first replica; bright experts get several times the mean.",
@@ -67,6 +79,18 @@ SHOWN: dict[str, tuple[str, str]] = {
     "topic_heatmap": (
         "Which experts serve which topic",
         "Load of every expert of one layer within each topic; specialisation shows as blocks.",
+    ),
+    "scopes": (
+        "Over what each policy balances",
+        "MaxVio within a sequence, a micro-batch, a batch, over all steps and within a topic, beside the uniform floor.",
+    ),
+    "settling": (
+        "How balance settles",
+        "MaxVio of each step's batch on a logarithmic axis, mean over MoE layers and replicas; dotted: the uniform floor.",
+    ),
+    "collapse": (
+        "Whether experts die",
+        "MaxVio and the load of the least-used expert over steps, and the share of experts that starve.",
     ),
     "max_vio_over_steps": (
         "Balance over steps",
@@ -76,8 +100,13 @@ SHOWN: dict[str, tuple[str, str]] = {
         "How busy links are",
         "Time that each link carries a step's bytes, busiest first; a flat line is a balanced class of links.",
     ),
+    "topology": ("Where in the network the bytes go", "Cables coloured and thickened by their load."),
     "node_matrix": ("Bytes from node to node", "Dispatch and combine of the last step; the diagonal stays in a node."),
     "device_matrix": ("Bytes from device to device", "Dispatch and combine of the last step; lines part the nodes."),
+    "roofline": (
+        "How near to the machine's limits",
+        "FLOP/s against FLOPs per byte of memory traffic: the device's bandwidth and peaks, and where each operation runs.",
+    ),
 }
 """Title and caption by the figure's name, in the order of the page. One that a result has no data for is left out."""
 
@@ -88,13 +117,8 @@ _RC: dict[str, Any] = {
     **dict.fromkeys(("axes.facecolor", "figure.facecolor", "savefig.facecolor"), "none"),
     "savefig.dpi": 144,  # of images inside
 }
-_THEMED = {
-    _INK: "currentColor",
-    "#333333": "currentColor",
-    "#737373": "var(--soft)",
-    "#ebebeb": "var(--line)",
-    "#e6e6e6": "var(--line)",
-}
+_PLATES = ("topology",)
+"""Figures whose shades of load end in near black: they keep a light plate on a dark page."""
 
 
 def drawings(result: Result) -> list[Drawing]:
@@ -106,8 +130,8 @@ def drawings(result: Result) -> list[Drawing]:
 
     found = []
     for name, (title, caption) in SHOWN.items():
-        if name == "max_vio_over_steps" and result.scenario.steps.count == 1:
-            continue  # a single dot, and in the table already
+        if not _fits(name, result.scenario):
+            continue
         draw = figures.ALL[name]
         label = f"{title}. {caption}"
         with plt.rc_context():
@@ -119,8 +143,20 @@ def drawings(result: Result) -> list[Drawing]:
                 narrow = _svg(draw, result, NARROW_IN, f"{name}-n", label) if sized else ""
             except (ValueError, KeyError):  # how figures say that a result is not of their kind
                 continue
-        found.append(Drawing(name, title, caption, wide, narrow))
+        found.append(Drawing(name, title, caption, wide, narrow, name in _PLATES))
     return found
+
+
+def _fits(name: str, scenario: Scenario) -> bool:
+    """Whether a figure that could be drawn says something here."""
+    long = scenario.steps.count >= MIN_STEPS
+    if name == "max_vio_over_steps":
+        return scenario.steps.count > 1 and not long
+    if name == "settling":
+        return long
+    if name == "collapse":
+        return bool(scenario.router_dynamics)
+    return name != "roofline" or scenario.serving is not None or bool(len(scenario.timed_steps()))
 
 
 def _svg(draw: Callable[..., Any], result: Result, width_in: float, prefix: str, label: str) -> str:
@@ -143,11 +179,21 @@ def inline(svg: str, prefix: str, label: str) -> str:
     body = re.sub(r"(font: [\d.]+px) [^;\"]*", r"\1 var(--sans)", body)
     body = re.sub(r"(\.\d\d)\d+", r"\1", body)
     body = re.sub(r"<(?!text)[^>]*>", lambda m: _paper(m[0], "<image" in svg), body)
-    for colour, themed in _THEMED.items():
-        body = body.replace(colour, themed)
+    body = re.sub(r"#([0-9a-f]{2})\1\1", _grey, body.replace(_INK, "currentColor"))
     body = re.sub(r"\s*\n\s*", " ", body).strip()
     head = f'<svg role="img" aria-label="{html.escape(label)}" '
     return re.sub(r'^<svg width="[^"]*" height="[^"]*" ', head, body)
+
+
+def _grey(found: re.Match[str]) -> str:
+    """Text and lines in grey become the page's ink, its soft ink or its rules; black, white and the grey of the data
+    colours stay."""
+    level = int(found[1], 16)
+    if 0 < level <= 0x66:
+        return "currentColor"
+    if level < 0x90:
+        return "var(--soft)"
+    return "var(--line)" if 0xB4 < level < 0xFF else found[0]
 
 
 def _paper(tag: str, over_image: bool) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from itertools import pairwise
 
 from sim.aligned import grid
@@ -13,6 +13,7 @@ from sim.report.grids import number, two_digits
 from sim.report.sweeps import _plain as plain
 from sim.report.sweeps import _short as short_keys
 from sim.results import Metric
+from sim.sweeping.points import column
 
 ROWS = 30
 ANY = "any"
@@ -63,10 +64,12 @@ def _head(front: Front) -> list[str]:
 
 def _row(front: Front, found: list[list[Trial]], i: int) -> list[str]:
     trials = found[i]
-    cells = [", ".join(str(trial.index) for trial in trials)]
+    more = f" (+{len(trials) - 1})" if len(trials) > 1 else ""
+    cells = [f"{trials[0].index}{more}"]
     for axis, key in enumerate(front.axes):
-        cells.append(_each(ANY if key in front.idle.get(t.index, ()) else plain(t.place.values[axis]) for t in trials))
-    cells += [_each(trial.place.policy for trial in trials)]
+        felt = [trial.place.values[axis] for trial in trials if key not in front.idle.get(trial.index, ())]
+        cells.append(_each([*([] if len(felt) == len(trials) else [ANY]), *map(plain, column(felt))]))
+    cells += [_each([trial.place.policy for trial in trials])]
     cells += [_cell(front, trials[0], metric) for metric in front.metrics]
     if len(front.goals) > 1:
         last = i + 1 == len(found)
@@ -74,8 +77,10 @@ def _row(front: Front, found: list[list[Trial]], i: int) -> list[str]:
     return cells
 
 
-def _each(texts: Iterable[str]) -> str:
-    return ", ".join(dict.fromkeys(texts))
+def _each(texts: Sequence[str]) -> str:
+    """The different ones, of many the first and the last: ``1.05 .. 1.23``."""
+    found = list(dict.fromkeys(texts))
+    return ", ".join(found) if len(found) < 4 else f"{found[0]} .. {found[-1]}"
 
 
 def _cell(front: Front, trial: Trial, metric: Metric) -> str:

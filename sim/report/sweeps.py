@@ -44,7 +44,7 @@ def table(sweep: Sweep, rows: int = ROWS) -> str:
         notes.append("Against first: paired differences to the point's first policy.")
     notes += [f"{key} changes no figure." for key in _idle(sweep)]
     if sweep.skipped:
-        notes.append(f"{len(sweep.skipped)} points were skipped: see skipped.csv.")
+        notes.append(f"Skipped points (see skipped.csv): {len(sweep.skipped)}.")
     return "\n".join([*text, "", " ".join(notes)]).rstrip()
 
 
@@ -99,20 +99,20 @@ def _side_by_side(sweep: Sweep, found: list[Row], leading: Metric, rows: int) ->
 
 def _idle(sweep: Sweep) -> list[str]:
     """Axes whose values make no difference wherever the others stay."""
-    data = sweep.table.to_pydict()
+    import pandas as pd
+
+    runs = sweep.runs
     names = ["policy", "replica", *(metric.name for metric in sweep.metrics)]
-    rows: dict[int, list[int]] = {}
-    for i, point in enumerate(data["point"]):
-        rows.setdefault(point, []).append(i)
-    figures = {point: repr([data[name][i] for i in at for name in names]) for point, at in rows.items()}
+    figures = (
+        pd.util.hash_pandas_object(runs[names], index=False).groupby(runs["point"]).agg(lambda rows: hash(tuple(rows)))
+    )
+    at = runs.drop_duplicates("point").set_index("point")
     found = []
     for key in sweep.axes:
-        others = [name for name in sweep.axes if name != key]
-        alike: dict[str, list[str]] = {}
-        for point, at in rows.items():
-            alike.setdefault(repr([data[name][at[0]] for name in others]), []).append(figures[point])
-        groups = [texts for texts in alike.values() if len(texts) > 1]
-        if groups and all(len(set(texts)) == 1 for texts in groups):
+        others = [at[name] for name in sweep.axes if name != key] or [pd.Series(0, index=at.index)]
+        groups = figures.groupby(others, dropna=False)
+        compared = groups.size() > 1
+        if compared.any() and (groups.nunique()[compared] == 1).all():
             found.append(key)
     return found
 

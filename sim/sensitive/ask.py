@@ -11,18 +11,18 @@ import numpy as np
 from sim.estimate import MAX_SECONDS, TooBig, estimate
 from sim.loading import load
 from sim.located import nearest
-from sim.results import metrics_of
+from sim.results import Metric, metrics_of
 from sim.scenario import Scenario
 from sim.sensitive.answer import Sensitivity, Together
-from sim.sensitive.constants import SPREAD, Constant, allowed, assumptions, parse
+from sim.sensitive.constants import SPREAD, Constant, assumptions, within_limits
 from sim.sensitive.evaluate import Evaluator
 from sim.sensitive.indices import design, independent, indices
-from sim.sensitive.oneway import Ask, Row, break_evens, ends, reach
+from sim.sensitive.oneway import FACTOR, Ask, Row, break_evens, ends, reach
 from sim.sensitive.standings import standing, winners
+from sim.sensitive.vary import parse
 from sim.tokens import F64
 
 SAMPLES = 32
-_DEFAULTS = ("step_time_s", "tpot_mean_s", "ttft_mean_s", "iteration_s")
 
 
 def ask(
@@ -54,17 +54,27 @@ def ask(
     constants = parse(scenario, vary) if vary else assumptions(scenario, SPREAD)
     if not constants:
         raise ValueError("the scenario has no constant to vary")
-    with Evaluator(scenario, *_metric(scenario, metric, competing, jobs, progress)) as evaluator:
-        return _answer(evaluator, constants, competing, left_out, samples, seed, force, screened=not vary)
+    won_by = _metric(scenario, metric)
+    with Evaluator(scenario, won_by.name, jobs, progress) as evaluator:
+        return _answer(
+            scenario, evaluator, won_by, constants, competing, left_out, samples, seed, force, screened=not vary
+        )
 
 
-def _metric(scenario: Scenario, name: str | None, competing: Sequence[int], jobs: int | None, progress: bool) -> Any:
+def _metric(scenario: Scenario, asked: str | None) -> Metric:
+    """The metric to win by. Raises ValueError for one that there is not, or of which neither more nor less is better."""
     known = {one.name: one for one in metrics_of(scenario)}
-    names = [name] if name else [one for one in _DEFAULTS if one in known]
-    if name is not None and name not in known:
-        near = nearest(name, known)
-        raise ValueError(f"--metric {name}: no such metric{f' (did you mean {near}?)' if near else ''}")
-    return names[0], jobs, progress
+    if asked is None:
+        served = scenario.serving
+        if served is None:
+            return known["step_time_s"]
+        return known["ttft_mean_s" if all(unit.role == "prefill" for unit in served.units) else "tpot_mean_s"]
+    if asked not in known:
+        near = nearest(asked, known)
+        raise ValueError(f"--metric {asked}: no such metric{f' (did you mean {near}?)' if near else ''}")
+    if known[asked].better == "none":
+        raise ValueError(f"--metric {asked}: neither more nor less of it is better")
+    return known[asked]
 
 
 def _competing(scenario: Scenario) -> tuple[list[int], list[int]]:
@@ -79,7 +89,9 @@ def _competing(scenario: Scenario) -> tuple[list[int], list[int]]:
 
 
 def _answer(
+    scenario: Scenario,
     evaluator: Evaluator,
+    metric: Metric,
     constants: list[Constant],
     competing: list[int],
     left_out: list[int],
@@ -88,11 +100,7 @@ def _answer(
     force: bool,
     screened: bool,
 ) -> Sensitivity:
-    scenario = evaluator.scenario
-    metric = next(one for one in metrics_of(scenario) if one.name == evaluator.metric)
     stated, names = evaluator.stated[competing], [scenario.policies[i].name for i in competing]
-    if metric.better == "none":
-        raise ValueError(f"--metric {metric.name}: neither more nor less of it is better")
     if np.isnan(stated).any():
         without = [name for name, values in zip(names, stated, strict=True) if np.isnan(values).any()]
         raise ValueError(f"--metric {metric.name}: {', '.join(without)} has none in this run")
@@ -114,14 +122,14 @@ def _answer(
 
     start = standing(stated, sign)
     rows = ends(constants, asker(constants, "ends"), stated, sign)
-    tried = reach(rows, lambda constant, x: allowed(scenario, constant, x))
+    tried = reach(rows, lambda constant: within_limits(scenario, constant, 1 / FACTOR, FACTOR))
     rows = break_evens(rows, asker(constants, "break-even"), start.winner, sign, tried)
     moving = sorted((row for row in rows if row.effect > 0), key=lambda row: -row.effect)
     together = None
     if samples and moving:
         together = _together(moving, values, start.winner, start.runner_up, sign, samples, seed, names)
     return Sensitivity(
-        scenario=evaluator.scenario,
+        scenario=scenario,
         metric=metric,
         policies=tuple(names),
         left_out=tuple(scenario.policies[i].name for i in left_out),

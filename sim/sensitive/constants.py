@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from pydantic import ValidationError
 
 from sim.checks import problems
-from sim.loading import load
-from sim.located import Problem, ScenarioError
 from sim.scenario import Scenario
 from sim.sensitive.labels import label_of
 from sim.sensitive.places import Path, at, is_transferred, limits, numbers, replaced, transferred
-from sim.store import resolved_data
 
 SPREAD = 0.2
 _COSTS = ("cluster", "cost", "stragglers")  # what routing does not depend on
@@ -89,69 +85,7 @@ def allowed(scenario: Scenario, constant: Constant, x: float) -> bool:
         return False
 
 
-def parse(scenario: Scenario, texts: Sequence[str], spread: float = SPREAD) -> list[Constant]:
-    """Return the constants that ``--vary`` texts name: ``KEY``, ``KEY=±20%``, ``KEY=low:high``. Raises ScenarioError with
-    every bad one."""
-    found: list[Constant] = []
-    bad: list[Problem] = []
-    for text in texts:
-        try:
-            found.append(_parsed(scenario, text, spread))
-        except ScenarioError as error:
-            bad += error.problems
-    if bad:
-        raise ScenarioError(bad)
-    return found
-
-
-_PERCENT = re.compile(r"(?:±|\+-|\+/-)?\s*(\d+\.?\d*|\.\d+)\s*%")
-_RANGE = re.compile(r"([^:]+):([^:]+)")
-
-
-def _parsed(scenario: Scenario, text: str, spread: float) -> Constant:
-    key, equals, given = (part.strip() for part in text.partition("="))
-
-    def refused(rule: str) -> ScenarioError:
-        return ScenarioError([Problem(f"--vary {text}", "", rule)])
-
-    places = _places(scenario, key)
-    if not places:
-        _refuse_unknown(scenario, key, text)
-        raise refused("has no number in this scenario to vary; state one first: --set KEY=VALUE")
-    values = tuple(value for _, value in places)
-    constant = Constant(key, tuple(".".join(path) for path, _ in places), values, 1 - spread, 1 + spread)
-    if equals and (percent := _PERCENT.fullmatch(given)):
-        share = float(percent[1]) / 100
-        constant = replace(constant, low=1 - share, high=1 + share)
-    elif equals:
-        constant = _ranged(constant, given, refused)
-    if all(value == 0 for value in values) and not constant.absolute:
-        raise refused("is 0, of which no percentage is anything: give a range, KEY=low:high")
-    if not constant.low < constant.high:
-        raise refused("low must be below high")
-    for x in (constant.low, constant.high):
-        if not allowed(scenario, constant, x):
-            sets = [f"{k}={v!r}" for k, v in zip(constant.keys, constant.at(x), strict=True)]
-            raise refused(f"the scenario refuses {sets[0]}: {_why(scenario, sets)}")
-    return replace(constant, label=label_of(key, scenario))
-
-
-def _ranged(constant: Constant, given: str, refused: object) -> Constant:
-    found = _RANGE.fullmatch(given)
-    try:
-        assert found is not None
-        low, high = float(found[1]), float(found[2])
-    except (AssertionError, ValueError):
-        raise refused("must be KEY=±20% or KEY=low:high, numbers in SI units") from None  # type: ignore[operator]
-    if len(set(constant.values)) > 1:
-        raise refused("stands for several numbers that differ: give a percentage")  # type: ignore[operator]
-    base = constant.values[0]
-    if base == 0:
-        return replace(constant, low=low, high=high, absolute=True)
-    return replace(constant, low=low / base, high=high / base)
-
-
-def _places(scenario: Scenario, key: str) -> list[tuple[Path, float]]:
+def places_of(scenario: Scenario, key: str) -> list[tuple[Path, float]]:
     """The numbers that ``key`` names: itself, of every item for ``*``, of every gate for ``gating.``."""
     parts = tuple(key.split("."))
     if parts[0] == "gating":
@@ -186,28 +120,6 @@ def _value(scenario: Scenario, path: Path) -> object:
         return None
 
 
-def _refuse_unknown(scenario: Scenario, key: str, text: str) -> None:
-    """Raise what ``--set`` would say of the key."""
-    try:
-        load(resolved_data(scenario), [f"{key}=1"])
-    except ScenarioError as error:
-        found = [
-            p._replace(where=f"--vary {text}")
-            for p in error.problems
-            if "unknown key" in str(p) or "is a list" in str(p)
-        ]
-        if found:
-            raise ScenarioError(found) from None
-
-
-def _why(scenario: Scenario, sets: list[str]) -> str:
-    try:
-        load(resolved_data(scenario), sets)
-    except ScenarioError as error:
-        return "; ".join(problem.rule for problem in error.problems)
-    return "out of its range"
-
-
 def assumptions(scenario: Scenario, spread: float = SPREAD) -> list[Constant]:
     """Return what is assumed where the user names nothing: rates, latencies and constants of the cluster, the kernels and the
     cost laws, stragglers, host overheads, the traffic's skew, and strengths of losses and of assumed router dynamics.
@@ -216,18 +128,19 @@ def assumptions(scenario: Scenario, spread: float = SPREAD) -> list[Constant]:
     """
     found: list[Constant] = []
     for keys in _groups(scenario):
-        numbers_of = {key: places[0][1] for key in keys if (places := _places(scenario, key)) and places[0][1] != 0}
+        numbers_of = {key: places[0][1] for key in keys if (places := places_of(scenario, key)) and places[0][1] != 0}
         if numbers_of:
             constant = Constant(
                 label_of(keys[0], scenario), tuple(numbers_of), tuple(numbers_of.values()), 1 - spread, 1 + spread
             )
-            found.append(_clipped(scenario, constant))
+            low, high = within_limits(scenario, constant, constant.low, constant.high)
+            found.append(replace(constant, low=low, high=high))
     return [constant for constant in found if constant.low < constant.high]
 
 
-def _clipped(scenario: Scenario, constant: Constant) -> Constant:
-    """The range cut to what the fields take: no slowdown is below 1, no share above it."""
-    low, high = constant.low, constant.high
+def within_limits(scenario: Scenario, constant: Constant, low: float, high: float) -> tuple[float, float]:
+    """Return the factors cut to what the fields take (no slowdown is below 1, no share above it), and to 1 where the scenario
+    refuses the end all the same."""
     for key, value in zip(constant.keys, constant.values, strict=True):
         path = tuple(key.split("."))
         if value > 0:
@@ -236,7 +149,8 @@ def _clipped(scenario: Scenario, constant: Constant) -> Constant:
             else:
                 least, most = limits(scenario, path)
             low, high = max(low, least / value), min(high, most / value)
-    return replace(constant, low=low, high=high)
+    low, high = (x if allowed(scenario, constant, x) else 1.0 for x in (low, high))
+    return min(1.0, low), max(1.0, high)
 
 
 def _groups(scenario: Scenario) -> Iterator[list[str]]:

@@ -20,7 +20,7 @@ from sim.scenario import Scenario
 from sim.sensitive.constants import Constant, applied
 from sim.study import Routed, route, separable, simulate, timed, timed_rows
 from sim.tokens import F64
-from sim.workers import Workers, processes, watched
+from sim.workers import WORTH_A_PROCESS_S, Workers, processes, watched
 
 Point = tuple[float, ...]
 _CHUNK = 8  # points of one task: few enough for a bar that moves, many enough to be worth sending the routing
@@ -84,19 +84,22 @@ class Evaluator:
     """``values`` of a scenario's metric at points; a context manager that holds the processes. Results do not depend on how
     many there are, nor on what was asked before.
 
-    stated: the metric [policies, replicas] as things are. asked: points evaluated. seconds: of timing one, measured.
+    stated: the metric [policies, replicas] as things are. asked: points evaluated. seconds: of timing one (of a whole run,
+    where routing and timing are not two stages), measured: it decides on processes, and so on no result.
     """
 
     def __init__(self, scenario: Scenario, metric: str, jobs: int | None, progress: bool) -> None:
         # Both engines give the same integers; the recurrence is quicker.
         quick = {"schedule": scenario.schedule.model_copy(update={"engine": "max_plus"})}
         self.scenario, self.metric, self.progress = scenario.model_copy(update=quick), metric, progress
-        self.routed = _routed(self.scenario, jobs, progress) if _separable(self.scenario) else None
+        small = estimate(self.scenario).seconds <= WORTH_A_PROCESS_S
+        self.routed = _routed(self.scenario, 1 if small else jobs, progress) if _separable(self.scenario) else None
         task = _Task(self.scenario, (), ((),), metric, False, self.routed)
-        self.stated = _run(task)[0]
         self.rows_only = False
         started = time.monotonic()
+        self.stated = _run(task)[0]
         if self.routed is not None:
+            started = time.monotonic()
             few = _run(dataclasses.replace(task, rows_only=True))[0]
             self.rows_only = bool((few == self.stated).all())
         self.seconds = time.monotonic() - started

@@ -69,17 +69,13 @@ def ends(constants: Sequence[Constant], ask: Ask, stated: F64, sign: float) -> l
     return rows
 
 
-def reach(rows: Sequence[Row], allowed: Callable[[Constant, float], bool]) -> list[tuple[float, ...]]:
-    """Return the factors of each row that are tried besides the ends of its range: a quarter and four times, where the
-    scenario allows them."""
+def reach(rows: Sequence[Row], clipped: Callable[[Constant], tuple[float, float]]) -> list[tuple[float, ...]]:
+    """Return the factors of each row that are tried besides the ends of its range: those of ``clipped``, which cuts a quarter
+    and four times to what the scenario allows."""
     return [
         ()
         if row.constant.absolute
-        else tuple(
-            x
-            for x in (1 / FACTOR, FACTOR)
-            if not row.constant.low <= x <= row.constant.high and allowed(row.constant, x)
-        )
+        else tuple(x for x in clipped(row.constant) if not row.constant.low <= x <= row.constant.high)
         for row in rows
     ]
 

@@ -56,8 +56,7 @@ def opened(plan: Plan, folder: Path, *, resume: bool, overwrite: bool) -> Iterat
             folder.mkdir(exist_ok=True)
             for stray in folder.glob(f"{dataset.STRAY}*"):
                 stray.unlink()
-            if not (folder / "sweep.json").exists():
-                _write(plan, folder, new)
+            _write(plan, folder, new)
 
         yield begin
     finally:
@@ -65,7 +64,7 @@ def opened(plan: Plan, folder: Path, *, resume: bool, overwrite: bool) -> Iterat
 
 
 def _write(plan: Plan, folder: Path, new: dict[str, Any]) -> None:
-    """Write the definition; with it the folder becomes a sweep's."""
+    """Write what is not there yet of the definition and the list of skipped points."""
     skipped = [point for point in plan.points if point.skipped]
 
     def fill_skipped(path: Path) -> None:
@@ -77,9 +76,11 @@ def _write(plan: Plan, folder: Path, new: dict[str, Any]) -> None:
     def fill(path: Path) -> None:
         path.write_text(json.dumps(new, indent=1) + "\n", encoding="utf-8")
 
-    if skipped:
+    # The definition first: it makes the folder a sweep's, whatever else a kill leaves out.
+    if not (folder / "sweep.json").exists():
+        dataset.put(folder, folder / "sweep.json", fill)
+    if skipped and not (folder / "skipped.csv").exists():
         dataset.put(folder, folder / "skipped.csv", fill_skipped)
-    dataset.put(folder, folder / "sweep.json", fill)
 
 
 def _remove(folder: Path) -> None:

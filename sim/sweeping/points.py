@@ -17,6 +17,7 @@ from sim.results import Metric, metrics_of
 from sim.scenario import Scenario
 from sim.store import resolved_data, run_id
 from sim.sweeping.axes import Varied, from_block
+from sim.workers import watched
 from sim.yamlfile import Document
 
 
@@ -97,11 +98,13 @@ def plan(
     seed: int | None = None,
     skip_invalid: bool = False,
     allow_outside: bool = False,
+    progress: bool = False,
 ) -> Plan:
     """Make all points of a document and check them.
 
-    varied: axes that replace those of the document's ``sweep`` block; design, points, seed: likewise. Raises ScenarioError
-    for the document and the axes, and BadPoints for points that cannot run, unless ``skip_invalid``.
+    varied: axes that replace those of the document's ``sweep`` block; design, points, seed: likewise. progress: a bar on
+    stderr. Raises ScenarioError for the document and the axes, and BadPoints for points that cannot run, unless
+    ``skip_invalid``.
     """
     base = check(document, allow_outside=allow_outside)
     given = base.sweep or SweepBlock()
@@ -120,7 +123,7 @@ def plan(
     base = base.model_copy(update={"sweep": None})
     found: list[Point] = []
     bad: dict[Problem, dict[int, list[str]]] = {}
-    for index, values in enumerate(chosen):
+    for index, values in watched(enumerate(chosen), len(chosen), "checking", progress):
         point, problems = _point(document, axes, index, values, base, allow_outside)
         for problem in problems:
             said_already = problem.where.removeprefix("--vary ") == problem.path

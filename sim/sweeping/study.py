@@ -65,7 +65,7 @@ def sweep(
     sets = [f"{k}={json.dumps(v)}" for k, v in overrides.items()] if isinstance(overrides, Mapping) else list(overrides)
     sets += [] if replicas is None else [f"replicas={replicas}"]
     data = resolved_data(source) if isinstance(source, Scenario) else source
-    chosen = {"design": design, "points": points, "seed": seed, "skip_invalid": skip_invalid}
+    chosen: dict[str, Any] = {"design": design, "points": points, "seed": seed, "skip_invalid": skip_invalid}
     try:
         found = prepared(data, from_mapping(vary or {}), sets, **chosen)
         return run(found, None if out is None else folder_of(out, found, name), jobs=jobs, **options)

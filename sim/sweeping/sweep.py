@@ -53,7 +53,8 @@ class Sweep:
     def summary_rows(self, metrics: Sequence[str] | None = None) -> Table:
         """`summary` as plain columns."""
         wanted = [metric for metric in self.metrics if metrics is None or metric.name in metrics]
-        table: Table = self.table.to_pydict()
+        columns = ["point", *self.axes, "policy", "replica", *(metric.name for metric in wanted)]
+        table: Table = self.table.select(columns).to_pydict()
         out: Table = {}
         points = table["point"]
         start = 0

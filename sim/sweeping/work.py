@@ -12,13 +12,14 @@ from typing import Any
 
 from sim import backends
 from sim.backends import TRIES, Lost
-from sim.estimate import Estimate
+from sim.estimate import Estimate, free_memory_bytes
 from sim.results import Table
 from sim.sweeping import dataset
 from sim.sweeping.evaluate import PointFailed, attempt
 from sim.sweeping.folder import opened
 from sim.sweeping.points import Plan, Point
 from sim.sweeping.sweep import Sweep, in_memory, read
+from sim.units import human
 from sim.workers import processes
 
 MAX_SECONDS = 24 * 3600.0
@@ -64,7 +65,7 @@ def run(
         asked = processes(jobs, len(todo), total(todo)) if backend == "local" else jobs
         engine = stack.enter_context(kind(asked, address))
         if not force:
-            check(plan, todo, engine.workers)
+            check(plan, todo, engine.workers, here=address is None)
         if begin is not None:
             begin()
         with _bar(todo, progress) as advance:
@@ -126,14 +127,21 @@ def expected(plan: Plan) -> Estimate:
     return total(_together(plan.running))
 
 
-def check(plan: Plan, todo: Sequence[Sequence[Point]], workers: int) -> None:
-    """Raise TooLong if a point, or all together on ``workers``, exceed the limits."""
+def check(plan: Plan, todo: Sequence[Sequence[Point]], workers: int, here: bool) -> None:
+    """Raise TooLong if a point, or all together on ``workers``, exceed the limits. here: whether on this machine."""
     big = [points[0] for points in todo if _expected(points[0]).too_big]
     if big:
         lines = [f"{plan.named(point)}: too big: {_expected(point).reason}" for point in big[:3]]
         lines += [f"and {len(big) - 3} more points"] if len(big) > 3 else []
         raise TooLong("\n".join([*lines, "--force runs them all the same"]))
-    seconds = total(todo).seconds / max(1, min(workers, len(todo)))
+    workers = max(1, min(workers, len(todo)))
+    memory = workers * total(todo).memory_bytes
+    if here and workers > 1 and memory > (free := free_memory_bytes()):
+        raise TooLong(
+            f"{workers} processes take about {human(memory, 'B')} of memory, more than the free {human(free, 'B')}: lower "
+            "--jobs; --force runs them all the same"
+        )
+    seconds = total(todo).seconds / workers
     if seconds > MAX_SECONDS:
         knobs = [f"{key} ({len(values)} values)" for key, values in plan.values.items()]
         replicas = plan.scenario.replicas
@@ -175,6 +183,7 @@ def _bar(todo: Sequence[Sequence[Point]], progress: bool) -> Iterator[Callable[[
         desc=f"0 of {len(todo)} runs",
         file=sys.stderr,
         leave=False,
+        smoothing=0.0,
         delay=0.0 if watched else 30.0,
         mininterval=0.1 if watched else 30.0,
     ) as bar:
