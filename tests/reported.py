@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import re
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +70,54 @@ def result(kind: str) -> Result:
 @functools.cache
 def page_of(kind: str) -> str:
     return page(result(kind), command="python -m sim.run 'a b.yaml' --set name=<x>")
+
+
+VOID = {"meta", "link", "img", "br", "hr", "input", "source"}
+
+
+class Outline(HTMLParser):
+    """Open tags must close in order; headings, ids, links and table cells are kept."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.headings: list[int] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.tags: set[str] = set()
+        self.handlers: list[str] = []
+        self.rows: list[list[str]] = []
+        self.cell: list[str] | None = None
+        self.feed(text)
+        self.close()
+        assert not self.open, f"left open: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        known = dict(attrs)
+        self.tags.add(tag)
+        self.handlers += [name for name in known if name.startswith("on")]
+        self.ids += [known["id"] or ""] if "id" in known else []
+        self.links += [value or "" for name, value in attrs if name in ("href", "src", "xlink:href")]
+        if re.fullmatch("h[1-6]", tag):
+            self.headings.append(int(tag[1]))
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("th", "td"):
+            self.cell = []
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing, line {self.getpos()[0]}"
+        if tag in ("th", "td") and self.cell is not None:
+            self.rows[-1].append(" ".join("".join(self.cell).split()))
+            self.cell = None
+
+    def handle_data(self, data: str) -> None:
+        if self.cell is not None:
+            self.cell.append(data)
