@@ -67,7 +67,8 @@ def moved(result: Result, metric: str, policy: str, against: str) -> str:
     found = metric_named(metrics_of(result.scenario), metric)
     name, unit = _name_and_unit(found)
     old, new = value(result, metric, against), value(result, metric, policy)
-    change = f" ({100 * (new / old - 1):+.2g} %)" if 0 != old != new != 0 else ""
+    share = 100 * (new / old - 1) if old else 0.0
+    change = f" ({share:+.{0 if abs(share) >= 10 else 2 if abs(share) < 1 else 1}f} %)" if share and new else ""
     return f"{name} from {rounded(old, found, 3):g} to {rounded(new, found, 3):g}{unit}{change}"
 
 
@@ -175,13 +176,15 @@ def last_steps(result: Result, n: int) -> pd.Series[float]:
     """Return the mean MaxVio of a batch over the last ``n`` steps and all replicas, by policy."""
     steps = result.steps
     late = steps[steps.step >= steps.step.max() + 1 - n]
-    return late.groupby("policy", sort=False).max_vio.mean()
+    means: pd.Series[float] = late.groupby("policy", sort=False).max_vio.mean()
+    return means
 
 
 def highest(result: Result) -> pd.Series[float]:
     """Return the highest MaxVio of a step, mean over MoE layers and replicas, by policy."""
     over_steps = result.steps.groupby(["policy", "step"], sort=False).max_vio.mean()
-    return over_steps.groupby(level="policy", sort=False).max()
+    most: pd.Series[float] = over_steps.groupby(level="policy", sort=False).max()
+    return most
 
 
 def most_max_vio(result: Result) -> float:

@@ -6,7 +6,6 @@ column's. Rows are pairs (group, `sim.validation.Figure`), as `rows` collects th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,8 +76,9 @@ def errors(found: Rows, *, width_in: float = WIDTH_IN) -> Figure:
     error. Full marks are predictions, hollow ones were set on (calibration) or follow from others (derived); misses are
     red crosses with their names.
 
-    Bounds ("at most", "at least") stand at zero where they are kept, rows without a published value or an answer are
-    listed only if they miss. The scale is linear up to 1 % and logarithmic beyond. Raises ValueError without rows.
+    Bounds ("at most", "at least") stand at zero where they are kept; rows that are errors themselves stand there. Rows
+    without an answer are counted as misses, but have no place. The scale is linear up to 1 % and logarithmic beyond.
+    Raises ValueError without rows.
     """
     if not found:
         raise ValueError("no rows to draw")
@@ -146,7 +146,10 @@ def _strip(axis: Axes, mine: pd.DataFrame, limit: float) -> None:
 def _name_misses(axis: Axes, mine: pd.DataFrame, width: int) -> None:
     missed = np.flatnonzero(~mine.passed.to_numpy() & mine.error.notna().to_numpy())
     if len(missed):
-        x, texts = mine.error.to_numpy(float), [wrapped(name, 2 * width) for name in mine.name.iloc[missed]]
+        x, texts = (
+            mine.error.to_numpy(float),
+            [wrapped(name, 2 * width if width > 30 else 28) for name in mine.name.iloc[missed]],
+        )
         texts = [text if len(text) <= 2 * width else text[: 2 * width - 1] + "…" for text in texts]
         label_points(axis, x[missed], missed.astype(float), texts, (x[missed], missed.astype(float)), room_pt=2)
 

@@ -173,7 +173,7 @@ def test_pareto_draws_the_summary_and_its_front(result: Result) -> None:
 
 
 def test_names_of_points_keep_apart_or_are_given_back() -> None:
-    figure, axis = plt.subplots(figsize=(3, 2))
+    figure, axis = plt.subplots(figsize=(1.8, 1.2))
     x, y = np.zeros(16), np.linspace(0, 0.5, 16)
     axis.plot(x, y, "o")
     left_out = label_points(axis, x, y, [f"name {i:02}" for i in range(16)], (x, y))

@@ -17,6 +17,7 @@ from sim.sensitive.standings import Standing
 from sim.store import atomic_folder, resolved_data, versions, write_csv, write_parquet
 from sim.units import human
 
+_ROUGH = 0.2  # half-width of an index above which it is called so
 _MOST = 12  # rows of a table on the terminal; the files hold all
 
 
@@ -127,6 +128,8 @@ def _together(found: Sensitivity) -> list[str]:
         f"Sobol indices of the gap between {pair}: shares of its variance over {together.samples} independent samples (and "
         f"the points between), uniform within the ranges; ± 95 % by bootstrap"
     )
+    if max(table.total_half_width) > _ROUGH:
+        note += "; rough, as their intervals say: more --samples narrow them"
     return [*lines, *_wrapped(note)]
 
 
