@@ -6,11 +6,9 @@ From Python: ``sim.optimize("scenarios/tiny.yaml", vary={"cluster.nodes": [2, 4]
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import types
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sim.console import guarded
@@ -116,7 +114,7 @@ def _run(
     from sim import backends
     from sim.loading import opened
     from sim.located import Problem, ScenarioError
-    from sim.sweeping.folder import Refused
+    from sim.sweeping.folder import Refused, named
 
     for key in ("trials", "batch", "jobs"):
         value = {**asked, **options}.get(key)
@@ -137,18 +135,9 @@ def _run(
             raise
         raise ValueError(LIBRARY) from None
     try:
-        return run(found, None if out is None else _folder(out, found.scenario.name, name), **options)
+        return run(found, None if out is None else named(out, found.scenario.name, name), **options)
     except Refused as error:
         raise ValueError(str(error)) from None
-
-
-def _folder(out: Any, scenario: str, name: str) -> Path:
-    from sim.store import check_writable
-
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,59}", name):
-        raise ValueError(f"--name {name}: must be letters, digits, '_', '-' and '.', and start with a letter or digit")
-    check_writable(out)
-    return Path(out) / scenario / name
 
 
 def optimize(

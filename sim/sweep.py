@@ -70,9 +70,9 @@ def _main(args: argparse.Namespace) -> int:
     from sim import backends
     from sim.report.sweeps import table
     from sim.sweeping import axes
-    from sim.sweeping.folder import Refused
+    from sim.sweeping.folder import Refused, named
     from sim.sweeping.points import BadPoints
-    from sim.sweeping.study import folder_of, prepared
+    from sim.sweeping.study import prepared
     from sim.sweeping.work import PointLost, TooLong, run
     from sim.yamlfile import ScenarioError
 
@@ -100,7 +100,7 @@ def _main(args: argparse.Namespace) -> int:
     if args.dry_run:
         print("\n".join(_dry(plan)))
         return 0
-    folder = None if args.out == "-" else folder_of(args.out, plan, args.name)
+    folder = None if args.out == "-" else named(args.out, plan.scenario.name, args.name)
     if not args.quiet:
         print(f"{plan.scenario.name}: {_count(plan)}", file=sys.stderr)
     try:

@@ -84,7 +84,10 @@ def small(words: list[str], extra: list[str]) -> list[str]:
 def run(words: list[str], extra: list[str]) -> int:
     """Run ``python -m MODULE ARGS`` in this process; return its exit status."""
     assert words[:2] == ["python", "-m"], words
-    return int(importlib.import_module(words[2]).main(small(words, extra)))
+    module = importlib.import_module(words[2])
+    if hasattr(module, "__path__"):
+        module = importlib.import_module(f"{words[2]}.__main__")
+    return int(module.main(small(words, extra)))
 
 
 def anchors(text: str) -> set[str]:

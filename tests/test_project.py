@@ -441,10 +441,13 @@ def test_requirements_are_what_the_code_imports() -> None:
         *(items for name, items in project["optional-dependencies"].items() if name != "dev"),
     ]
     declared = {modules.get(name, name) for items in lists for name in (Requirement(line).name for line in items)}
-    comes_with = {"pydantic_core"}  # part of pydantic
+    comes_with = {"pydantic_core", "markupsafe", "dask", "IPython"}  # of pydantic, jinja2, distributed, ipykernel
     ours = {"sim", "analysis", "__future__"}
     used = {name for folder in ("sim", "analysis") for name in imported(folder)}
-    assert used - set(sys.stdlib_module_names) - ours - comes_with == declared - {"ipykernel", "aiconfigurator-core"}  # started by nbclient; found by its files
+    assert used - set(sys.stdlib_module_names) - ours - comes_with == declared - {
+        "ipykernel",
+        "aiconfigurator-core",
+    }  # started by nbclient; found by its files
 
 
 def test_version_licence_and_changelog_agree() -> None:

@@ -5,9 +5,7 @@ The same search has the same bytes, broken off or not: no times, no hosts, and e
 
 from __future__ import annotations
 
-import csv
 import json
-import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from sim.optimizing.front import Front
 from sim.optimizing.search import Trial
 from sim.results import Table
+from sim.store import write_csv
 from sim.sweeping import dataset
-from sim.sweeping.folder import SHOWN, Refused
+from sim.sweeping.folder import Refused, changed, foreign, held, remove
 from sim.sweeping.manifest import differences
 
 if TYPE_CHECKING:
@@ -33,21 +32,14 @@ def opened(folder: Path, new: dict[str, Any], *, resume: bool, overwrite: bool) 
 
     The number of trials may differ from before: more of them go on where fewer ended.
     """
-    from filelock import FileLock, Timeout
 
     def fill(path: Path) -> None:
         path.write_text(json.dumps(new, indent=1) + "\n", encoding="utf-8")
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.parent / f".{folder.name}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise Refused(f"{folder}: another search is writing here; wait for it, or choose another --name") from None
-    try:
+    with held(folder, "search"):
         if (folder / DEFINITION).exists():
             if overwrite:
-                shutil.rmtree(folder)
+                remove(folder)
             elif resume:
                 _compare(folder, new)
             else:
@@ -55,15 +47,13 @@ def opened(folder: Path, new: dict[str, Any], *, resume: bool, overwrite: bool) 
                     f"{folder}: holds a search already: --resume goes on with it, --overwrite starts again, --name gives "
                     "this one another folder"
                 )
-        elif folder.exists() and any(not path.name.startswith(dataset.STRAY) for path in folder.iterdir()):
-            raise Refused(f"{folder}: exists and is no search: choose another --name")
+        elif refusal := foreign(folder, "search"):
+            raise refusal
         folder.mkdir(exist_ok=True)
         for stray in folder.glob(f"{dataset.STRAY}*"):
             stray.unlink()
         dataset.put(folder, folder / DEFINITION, fill)
         yield
-    finally:
-        lock.release()
 
 
 def _compare(folder: Path, new: dict[str, Any]) -> None:
@@ -74,12 +64,7 @@ def _compare(folder: Path, new: dict[str, Any]) -> None:
     except (UnicodeDecodeError, json.JSONDecodeError, TypeError, KeyError) as error:
         raise Refused(f"{path}: damaged ({error}): --overwrite starts again") from None
     if found:
-        lines = [f"  {line}" for line in found[:SHOWN]]
-        lines += [f"  and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
-        raise Refused(
-            "\n".join([f"{folder}: holds another search; since then, what it is has changed:", *lines])
-            + "\nundo that to go on with it; --overwrite starts again, --name gives this one another folder"
-        )
+        raise changed(folder, "search", found)
 
 
 def keep(folder: Path, schema: pa.Schema, trial: Trial, rows: Table) -> None:
@@ -115,11 +100,4 @@ def write(front: Front, folder: Path) -> None:
 
 
 def _csv(folder: Path, target: Path, table: Table) -> None:
-    def fill(path: Path) -> None:
-        with path.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(table)
-            for row in zip(*table.values(), strict=True):
-                writer.writerow(["" if isinstance(v, float) and math.isnan(v) else v for v in row])
-
-    dataset.put(folder, target, fill)
+    dataset.put(folder, target, lambda path: write_csv(path, table))

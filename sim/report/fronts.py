@@ -10,8 +10,7 @@ from sim.aligned import grid
 from sim.optimizing import Front, Goal
 from sim.optimizing.search import Trial
 from sim.report.grids import number, two_digits
-from sim.report.sweeps import _plain as plain
-from sim.report.sweeps import _short as short_keys
+from sim.report.sweeps import plain, short_keys
 from sim.results import Metric
 from sim.sweeping.points import column
 

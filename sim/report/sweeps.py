@@ -54,11 +54,11 @@ def _all(sweep: Sweep, shown: list[Row], leading: Metric, beside: list[str]) -> 
     said = [name for name in beside if any(not math.isnan(row.values[name].mean) for row in shown)]
     columns = [leading, *(metrics[name] for name in said if name != leading.name)]
     several = len(sweep.policies) > 1
-    head = [*_short(list(sweep.axes)), *(["policy"] if several else []), *(metric.label for metric in columns)]
+    head = [*short_keys(list(sweep.axes)), *(["policy"] if several else []), *(metric.label for metric in columns)]
     head += [f"{_name(leading)} against first"] if several else []
     lines = []
     for row in shown:
-        cells = [_plain(value) for value in row.head] + ([row.policy] if several else [])
+        cells = [plain(value) for value in row.head] + ([row.policy] if several else [])
         cells += [_cell(row.values[metric.name], metric) for metric in columns]
         lines.append(cells + ([_against(row.values[leading.name])] if several else []))
     return grid(head, lines)
@@ -86,7 +86,7 @@ def _side_by_side(sweep: Sweep, found: list[Row], leading: Metric, rows: int) ->
         )
     lines = []
     for point in order:
-        cells = [_plain(value) for value in best[point].head]
+        cells = [plain(value) for value in best[point].head]
         for name in policies:
             if name not in points[point]:
                 cells.append("")
@@ -94,7 +94,7 @@ def _side_by_side(sweep: Sweep, found: list[Row], leading: Metric, rows: int) ->
             row = points[point][name]
             cells.append(_cell(row.values[leading.name], leading) + (" *" if row is best[point] else "  "))
         lines.append(cells)
-    return grid([*_short(list(sweep.axes)), *policies], lines), notes
+    return grid([*short_keys(list(sweep.axes)), *policies], lines), notes
 
 
 def _idle(sweep: Sweep) -> list[str]:
@@ -148,7 +148,7 @@ def _name(metric: Metric) -> str:
     return LEADING.get(metric.name, metric.label)
 
 
-def _short(keys: list[str]) -> list[str]:
+def short_keys(keys: list[str]) -> list[str]:
     """The last words of each key that tell it from the others."""
     found = []
     for key in keys:
@@ -158,7 +158,7 @@ def _short(keys: list[str]) -> list[str]:
     return found
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
     if value is None:
         return "null"
     if isinstance(value, str):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sim.store import check_writable
 from sim.sweeping import dataset
 from sim.sweeping.manifest import definition, differences
 from sim.sweeping.points import Plan
@@ -22,10 +24,18 @@ class Refused(Exception):
     """A folder that is in use, or holds another sweep; the text says what to do."""
 
 
+def named(out: str | os.PathLike[str], scenario: str, name: str) -> Path:
+    """Return the folder that ``--name`` stands for. Raises ValueError for a name that is none, and OSError where ``out`` can
+    not be a folder of results."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,59}", name):
+        raise ValueError(f"--name {name}: must be letters, digits, '_', '-' and '.', and start with a letter or digit")
+    check_writable(out)
+    return Path(out) / scenario / name
+
+
 @contextmanager
-def opened(plan: Plan, folder: Path, *, resume: bool, overwrite: bool) -> Iterator[Callable[[], None]]:
-    """Hold the folder of a sweep, and give a function that makes it ready for its parts: until then it is as it was. Raises
-    Refused or OSError."""
+def held(folder: Path, what: str) -> Iterator[None]:
+    """Keep others from the folder of a ``what``, sweep or search. Raises Refused where it is in use."""
     from filelock import FileLock, Timeout
 
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -33,10 +43,44 @@ def opened(plan: Plan, folder: Path, *, resume: bool, overwrite: bool) -> Iterat
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise Refused(f"{folder}: another sweep is writing here; wait for it, or choose another --name") from None
+        raise Refused(f"{folder}: another {what} is writing here; wait for it, or choose another --name") from None
     try:
         for stray in folder.parent.glob(f".{folder.name}.old.*"):  # of an --overwrite that was killed
             shutil.rmtree(stray, ignore_errors=True)
+        yield
+    finally:
+        lock.release()
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder, whole from the first moment on."""
+    aside = folder.parent / f".{folder.name}.old.{os.getpid()}"
+    os.replace(folder, aside)
+    shutil.rmtree(aside)
+
+
+def foreign(folder: Path, what: str) -> Refused | None:
+    """Return the refusal of a folder that is there and not of a ``what``, if it is one."""
+    if folder.exists() and any(not path.name.startswith(dataset.STRAY) for path in folder.iterdir()):
+        return Refused(f"{folder}: exists and is no {what}: choose another --name")
+    return None
+
+
+def changed(folder: Path, what: str, found: Sequence[str]) -> Refused:
+    """Return the refusal to go on with a ``what`` whose definition differs in ``found``."""
+    lines = [f"  {line}" for line in found[:SHOWN]]
+    lines += [f"  and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
+    return Refused(
+        "\n".join([f"{folder}: holds another {what}; since then, what it is has changed:", *lines])
+        + "\nundo that to go on with it; --overwrite starts again, --name gives this one another folder"
+    )
+
+
+@contextmanager
+def opened(plan: Plan, folder: Path, *, resume: bool, overwrite: bool) -> Iterator[Callable[[], None]]:
+    """Hold the folder of a sweep, and give a function that makes it ready for its parts: until then it is as it was. Raises
+    Refused or OSError."""
+    with held(folder, "sweep"):
         new = definition(plan)
         if (folder / "sweep.json").exists():
             if resume:
@@ -47,20 +91,18 @@ def opened(plan: Plan, folder: Path, *, resume: bool, overwrite: bool) -> Iterat
                     f"{folder}: holds a sweep already ({parts} of {len(read_definition(folder)['runs'])} points done): "
                     "--resume goes on with it, --overwrite starts again, --name gives this one another folder"
                 )
-        elif folder.exists() and any(not path.name.startswith(dataset.STRAY) for path in folder.iterdir()):
-            raise Refused(f"{folder}: exists and is no sweep: choose another --name")
+        elif refusal := foreign(folder, "sweep"):
+            raise refusal
 
         def begin() -> None:
             if overwrite and folder.exists():
-                _remove(folder)
+                remove(folder)
             folder.mkdir(exist_ok=True)
             for stray in folder.glob(f"{dataset.STRAY}*"):
                 stray.unlink()
             _write(plan, folder, new)
 
         yield begin
-    finally:
-        lock.release()
 
 
 def _write(plan: Plan, folder: Path, new: dict[str, Any]) -> None:
@@ -83,24 +125,13 @@ def _write(plan: Plan, folder: Path, new: dict[str, Any]) -> None:
         dataset.put(folder, folder / "skipped.csv", fill_skipped)
 
 
-def _remove(folder: Path) -> None:
-    aside = folder.parent / f".{folder.name}.old.{os.getpid()}"
-    os.replace(folder, aside)
-    shutil.rmtree(aside)
-
-
 def _compare(folder: Path, new: dict[str, Any]) -> None:
     old = read_definition(folder)
     if old.get("format") != new["format"]:
         raise Refused(f"{folder}: was written by another version of gatesim: choose another --name")
     found = differences(old, json.loads(json.dumps(new)))
     if found:
-        lines = [f"  {line}" for line in found[:SHOWN]]
-        lines += [f"  and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
-        raise Refused(
-            "\n".join([f"{folder}: holds another sweep; since then, what it is has changed:", *lines])
-            + "\nundo that to go on with it; --overwrite starts again, --name gives this one another folder"
-        )
+        raise changed(folder, "sweep", found)
 
 
 def read_definition(folder: Path) -> dict[str, Any]:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from sim.loading import opened
 from sim.located import Problem, ScenarioError
 from sim.scenario import Scenario
-from sim.store import check_writable, resolved_data
+from sim.store import resolved_data
 from sim.sweeping.axes import Varied, from_mapping
-from sim.sweeping.folder import Refused
+from sim.sweeping.folder import Refused, named
 from sim.sweeping.points import BadPoints, Plan, plan
 from sim.sweeping.sweep import Sweep
 from sim.sweeping.work import TooLong, run
@@ -29,14 +27,6 @@ def prepared(
         raise ScenarioError([Problem(f"--vary {key}", "", "is set by --set too") for key in sorted(twice)])
     document = opened(source, overrides, allow_outside=allow_outside)
     return plan(document, varied, allow_outside=allow_outside, **options)
-
-
-def folder_of(out: str | os.PathLike[str], plan: Plan, name: str) -> Path:
-    """Return where a sweep lies. Raises ValueError for a bad name and OSError for a place that cannot be written."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,59}", name):
-        raise ValueError(f"--name {name}: must be letters, digits, '_', '-' and '.', and start with a letter or digit")
-    check_writable(out)
-    return Path(out) / plan.scenario.name / name
 
 
 def sweep(
@@ -68,6 +58,6 @@ def sweep(
     chosen: dict[str, Any] = {"design": design, "points": points, "seed": seed, "skip_invalid": skip_invalid}
     try:
         found = prepared(data, from_mapping(vary or {}), sets, **chosen)
-        return run(found, None if out is None else folder_of(out, found, name), jobs=jobs, **options)
+        return run(found, None if out is None else named(out, found.scenario.name, name), jobs=jobs, **options)
     except (BadPoints, Refused, TooLong) as error:
         raise ValueError(str(error)) from None
