@@ -61,7 +61,7 @@ def by_group(rows: Rows) -> pd.DataFrame:
 
 
 def rows_table(rows: Rows) -> Markdown:
-    """Show the rows as a table, errors and bars in percent or, for absolute ones, in the row's unit."""
+    """Show the rows as a table, errors and bars in percent or, for absolute ones, in the row's unit; bounds have no error."""
     sign = {"equal": "", "at_most": "at most ", "at_least": "at least "}
     lines = ["| figure | published | ours | error | bar | kind | source | note |", "|---|---|---|---|---|---|---|---|"]
     for group, row in rows:
@@ -70,7 +70,7 @@ def rows_table(rows: Rows) -> Markdown:
             f"{group}: {row.name}",
             f"{sign[row.relation]}{row.published:.6g} {row.unit}".rstrip(),
             f"{row.ours:.6g}",
-            f"{100 * row.error:+.2f} %" if percent else f"{row.error:+.2g}",
+            "-" if row.relation != "equal" else f"{100 * row.error:+.2f} %" if percent else f"{row.error:+.2g}",
             f"{100 * row.bar:g} %" if percent else f"{row.bar:g}",
             row.kind if row.passed else f"{row.kind}, missed",
             row.source,

@@ -48,12 +48,12 @@ def text_of(page: str) -> str:
 # Pages run -------------------------------------------------------------------------------------------------------
 
 
-def _made(folder: Path) -> None:
+def _made(folder: Path, tokens: int) -> None:
     """What pages take for granted: the shipped scenarios, a recorded trace and a table of measured kernels."""
     shutil.copytree(ROOT / "scenarios", folder / "scenarios")
     rng = np.random.default_rng(0)
-    ids = np.argsort(rng.standard_normal((2, 6400, 16)) + 2 * rng.standard_normal((2, 1, 16)), axis=2)[:, :, :2]
-    np.savez(folder / "TRACE.npz", topk_ids=ids.astype(np.int16), seqlens=np.full(64, 100))
+    ids = np.argsort(rng.standard_normal((2, tokens, 16)) + 2 * rng.standard_normal((2, 1, 16)), axis=2)[:, :, :2]
+    np.savez(folder / "TRACE.npz", topk_ids=ids.astype(np.int16), seqlens=np.full(tokens // 100, 100))
     rows = [
         {"kernel_source": "moe_torch_flow_cutlass", "moe_dtype": "fp8_block", "num_tokens": tokens, "hidden_size": 2048,
          "inter_size": inter, "topk": 4, "num_experts": 32, "moe_tp_size": 1, "moe_ep_size": ep, "distribution": "balanced",
@@ -64,9 +64,9 @@ def _made(folder: Path) -> None:
 
 
 @pytest.fixture
-def box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder like a checkout, to run a page in."""
-    _made(tmp_path)
+def box(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder like a checkout, to run a page in; advice needs a longer trace than a fit."""
+    _made(tmp_path, 6400 if "sim.advise" in text_of(page) else 1600)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "agg")
     return tmp_path
