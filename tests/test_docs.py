@@ -66,7 +66,7 @@ def _made(folder: Path, tokens: int) -> None:
 @pytest.fixture
 def box(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder like a checkout, to run a page in; advice needs a longer trace than a fit."""
-    _made(tmp_path, 6400 if "sim.advise" in text_of(page) else 1600)
+    _made(tmp_path, 6400 if "sim.advise" in text_of(page) else 3200)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "agg")
     return tmp_path
