@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from sim.reference import commands as command_page
 from tests.test_scenarios import FILES, reduced
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -112,3 +115,11 @@ def links(text: str) -> list[str]:
 def words_of(text: str) -> list[str]:
     """Return the words of three letters and more of a quoted output."""
     return re.findall(r"[^\W\d_]{3,}", text)
+
+
+def parsers() -> Iterator[argparse.ArgumentParser]:
+    """Yield the parser of every command that documents may name."""
+    for name in [*command_page.programs(), "analysis.figures", "analysis.notebooks"]:
+        module = importlib.import_module(name)
+        if hasattr(module, "parser"):
+            yield module.parser()

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
-import importlib
 import itertools
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +17,8 @@ import pytest
 from sim import reference
 from sim.catalogue import FAMILIES
 from sim.loading import load
-from sim.reference import commands as command_page
 from sim.reference.kinds import shipped
-from tests.snippets import FILES, ROOT, Block, anchors, blocks, commands, links, run, words_of
+from tests.snippets import FILES, ROOT, Block, anchors, blocks, commands, links, parsers, run, words_of
 
 DOCS = ROOT / "sim" / "docs"
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
@@ -165,16 +161,8 @@ def test_links_lead_to_files_and_headings(page: str) -> None:
     assert not broken
 
 
-def _parsers() -> Iterator[argparse.ArgumentParser]:
-    for name in [*command_page.programs(), "analysis.figures"]:
-        module = importlib.import_module(name)
-        if hasattr(module, "parser"):
-            yield module.parser()
-
-
 def test_options_that_pages_name_exist() -> None:
-    known = {option for one in _parsers() for action in one._actions for option in action.option_strings}
-    known |= {"--figure"}  # of analysis.figures, which has no parser of its own
+    known = {option for one in parsers() for action in one._actions for option in action.option_strings}
     for page in WRITTEN:
         unknown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text_of(page))) - known
         assert not unknown, f"{page} names {sorted(unknown)}"

@@ -164,7 +164,8 @@ def _batches(ids: I16, share: F64, n_experts: int, order: I64) -> dict[str, floa
             if kind == "consecutive":
                 binomial = size * share * (1 - share)
                 used = binomial > 0
-                found[f"over_dispersion_{size}"] = float(np.median(loads.var(axis=0)[used] / binomial[used]))
+                if used.any():
+                    found[f"over_dispersion_{size}"] = float(np.median(loads.var(axis=0)[used] / binomial[used]))
         if n_tokens // BATCHES[-1] >= MIN_BATCHES:
             for ranks in ep_sizes(n_experts):
                 per_rank = loads.reshape(len(loads), ranks, -1).sum(axis=2)
