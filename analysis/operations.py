@@ -5,7 +5,7 @@ Nothing is derived here: the engine's own classes put the questions, and `Counte
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -79,10 +79,12 @@ def operations(result: Result) -> pd.DataFrame:
     load: ``mean``, or ``busiest`` for the experts of the most loaded rank, whose experts are all taken to have its imbalance
     (mean over layers and steps). Loads within a rank are as even as whole tokens can be.
     """
-    rows: list[dict[str, Any]] = []
-    for policy in result.scenario.policies:
-        rows += _served(result, policy) if result.scenario.serving else _stepped(result, policy)
-    return pd.DataFrame(rows, columns=COLUMNS)
+    found: dict[int, list[dict[str, Any]]] = {}
+    for indices, scenario in result.scenario.arenas():  # a policy may have a cluster or split of its own
+        part = replace(result, scenario=scenario)
+        for index, policy in zip(indices, scenario.policies, strict=True):
+            found[index] = _served(part, policy) if scenario.serving else _stepped(part, policy)
+    return pd.DataFrame([row for index in sorted(found) for row in found[index]], columns=COLUMNS)
 
 
 def _stepped(result: Result, policy: Policy) -> list[dict[str, Any]]:

@@ -183,7 +183,8 @@ def parity(found: Rows, *, width_in: float = WIDTH_IN) -> Figure:
     table = _frame(keep)
     names = list(dict.fromkeys(table.group))
     wide = width_in > COLUMN_IN
-    known = [*(name.replace("_", " ") for name in names), "misses its bar"]
+    missed = table[~table.passed]
+    known = [*(name.replace("_", " ") for name in names), *(["misses its bar"] if len(missed) else [])]
     handles: list[Any] = []
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(
@@ -198,9 +199,10 @@ def parity(found: Rows, *, width_in: float = WIDTH_IN) -> Figure:
                     mine.published[at], mine.ours[at], mark, color=colour, markerfacecolor=face, markersize=4, zorder=3
                 )
             handles.append(Line2D([], [], linestyle="", marker=mark, color=colour, markersize=4))
-        missed = table[~table.passed]
-        axis.plot(missed.published, missed.ours, "x", color="black", markersize=7, markeredgewidth=0.8, zorder=4)
-        handles.append(Line2D([], [], linestyle="", marker="x", color="black", markersize=7, markeredgewidth=0.8))
+        if len(missed):
+            handles += axis.plot(
+                missed.published, missed.ours, "x", color="black", markersize=7, markeredgewidth=0.8, zorder=4
+            )
         ends = [0.5 * min(table.published.min(), table.ours.min()), 2 * max(table.published.max(), table.ours.max())]
         axis.plot(ends, ends, color=FLOOR, linewidth=0.8, zorder=1)
         axis.set(xscale="log", yscale="log", xlim=ends, ylim=ends)

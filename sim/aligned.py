@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 
-def grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Align columns: the first to the left, the others to the right, under head lines broken at spaces."""
+def grid(head: Sequence[str], rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> list[str]:
+    """Align columns: those of ``left`` to the left, the others to the right, under head lines broken at spaces."""
     words = [h.split(" ") for h in head]
     depth = max(len(w) for w in words)
     lines = [[w[i - depth + len(w)] if i >= depth - len(w) else "" for w in words] for i in range(depth)]
@@ -15,7 +15,7 @@ def grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     text = []
     for i, row in enumerate(table):
         cells = [
-            cell.ljust(width) if c == 0 else cell.rjust(width)
+            cell.ljust(width) if c in left else cell.rjust(width)
             for c, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         text.append("  ".join(cells).rstrip())

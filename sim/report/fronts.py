@@ -27,7 +27,12 @@ def table(front: Front, rows: int = ROWS) -> str:
     ran = sum(trial.rows is not None for trial in front.tried)
     lines = [f"{ran} runs, {len(front.feasible)} of them feasible: {_aims(front)}"]
     if found := _together(front):
-        lines += ["", *grid(_head(front), [_row(front, found, i) for i in range(min(rows, len(found)))])]
+        lines += [
+            "",
+            *grid(
+                _head(front), [_row(front, found, i) for i in range(min(rows, len(found)))], (0, 1 + len(front.axes))
+            ),
+        ]
         if len(found) > rows:
             lines.append(f"and {len(found) - rows} more: see pareto.csv")
         lines += ["", *(_several(front, found) if len(front.goals) > 1 else _single(front))]

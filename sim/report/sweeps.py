@@ -7,7 +7,7 @@ import math
 from typing import Any, NamedTuple
 
 from sim.aligned import grid
-from sim.report.grids import LEADING, Value, number
+from sim.report.grids import LEADING, Value, against_first, number
 from sim.results import Metric
 from sim.sweeping import Sweep
 
@@ -56,12 +56,13 @@ def _all(sweep: Sweep, shown: list[Row], leading: Metric, beside: list[str]) -> 
     several = len(sweep.policies) > 1
     head = [*short_keys(list(sweep.axes)), *(["policy"] if several else []), *(metric.label for metric in columns)]
     head += [f"{_name(leading)} against first"] if several else []
-    lines = []
+    lines, first = [], dict[int, str]()
     for row in shown:
         cells = [plain(value) for value in row.head] + ([row.policy] if several else [])
         cells += [_cell(row.values[metric.name], metric) for metric in columns]
-        lines.append(cells + ([_against(row.values[leading.name])] if several else []))
-    return grid(head, lines)
+        is_first = first.setdefault(row.point, row.policy) == row.policy
+        lines.append(cells + ([against_first(row.values[leading.name], is_first)] if several else []))
+    return grid(head, lines, left=(0, len(sweep.axes)))
 
 
 def _side_by_side(sweep: Sweep, found: list[Row], leading: Metric, rows: int) -> tuple[list[str], list[str]]:
@@ -171,11 +172,3 @@ def _cell(value: Value, metric: Metric) -> str:
     if not math.isnan(value.half) and value.half > 1e-6 * abs(value.mean):
         text += f" ±{value.half * metric.scale:.2g}"
     return text
-
-
-def _against(value: Value) -> str:
-    base = value.mean - value.difference
-    if math.isnan(value.difference) or base <= 0 or (value.difference == 0 and value.difference_half in (0.0,)):
-        return "-"
-    text = f"{100 * value.difference / base:+.1f} %"
-    return text if math.isnan(value.difference_half) else f"{text} ±{100 * value.difference_half / base:.1f}"
