@@ -23,6 +23,7 @@ from analysis.style import (
     MARKERS,
     STYLE,
     WIDTH_IN,
+    Unfit,
     by_policy,
     colours,
     filled,
@@ -115,7 +116,7 @@ def _max_vio(
             if ends:
                 stops[label] = max(ends)
     if not curves:
-        raise ValueError(GATED if policy is None else f"{policy}: no routed experts")
+        raise Unfit(GATED if policy is None else f"{policy}: no routed experts")
     return curves, floors, stops
 
 
@@ -220,7 +221,7 @@ def scopes(result: Result, *, width_in: float = WIDTH_IN) -> Figure:
     found = {scope: by_policy(result, scope) for scope in SCOPES}
     shown = [scope for scope, data in found.items() if data["mean"].notna().any()]
     if not shown:
-        raise ValueError(GATED)
+        raise Unfit(GATED)
     known = [*names, "uniform gate"]
     handles: list[Any] = []
     wide = width_in > COLUMN_IN

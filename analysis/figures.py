@@ -35,6 +35,7 @@ from analysis.style import (
     MARKERS,
     STYLE,
     WIDTH_IN,
+    Unfit,
     by_policy,
     canvas,
     colours,
@@ -144,7 +145,7 @@ def max_vio_over_steps(result: Result, ax: Axes | None = None, *, width_in: floa
     known = steps[steps.max_vio.notna()]
     names = [name for name in policy_names(result) if (known.policy == name).any()]
     if not names:
-        raise ValueError("no policy of this result has routed experts")
+        raise Unfit("no policy of this result has routed experts")
     index = np.sort(known.step.unique())
     few = len(index) <= FEW_STEPS
     labels = [wrapped(name, 24) for name in names]
@@ -200,7 +201,7 @@ def step_breakdown(result: Result, ax: Axes | None = None, *, width_in: float = 
     need(steps, "steps", ("policy", "step_time_s", *parts))
     timed = steps[steps.step_time_s.notna()]
     if timed.empty:
-        raise ValueError("no step of this result was timed (steps.timed: none)")
+        raise Unfit("no step of this result was timed (steps.timed: none)")
     names = policy_names(result)
     wide = ax is not None or width_in > COLUMN_IN
     labels = [wrapped(name, 30 if wide else 17) for name in names]

@@ -17,11 +17,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from analysis.labels import label_points
-from analysis.metrics import axis_label, key_name, value_name
+from analysis.metrics import key_name, value_name
 from analysis.style import COLUMN_IN, FLOOR, MARKERS, STYLE, WIDTH_IN, colours, finished, legend_below, legend_shape
-from analysis.tradeoffs import step_line
+from analysis.tradeoffs import step_line, with_hint
 from sim.optimizing.front import Front
 from sim.optimizing.goals import Goal
+from sim.optimizing.search import Trial
 
 # Trials of a front that are named, and goals that are drawn against the first.
 NAMED, MOST_GOALS = 8, 4
@@ -109,12 +110,9 @@ def _panel(axis: Axes, found: Front, table: pd.DataFrame, policies: list[str], g
         at = _values(table[table.front], goals[0]), _values(table[table.front], goals[1])
         step_line(axis, *at, ways[0], ways[1])
     arrows = (("← better", "better →"), ("↓ better", "better ↑"))
-    names = [
-        "trial [number]" if goal is None else f"{axis_label(goal.metric)}   {arrows[i][goal.maximize]}"
-        for i, goal in enumerate(goals)
-    ]
-    axis.set_xlabel(names[0])
-    axis.set_ylabel(names[1].replace("   ", "\n"))
+    x, y = goals
+    axis.set_xlabel("trial [number]" if x is None else with_hint(x.metric, arrows[0][x.maximize], 36))
+    axis.set_ylabel(with_hint(y.metric, arrows[1][y.maximize], 24, upright=True))
     (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
     for limit in found.limits:
         bound = limit.bound * limit.metric.scale
@@ -125,20 +123,34 @@ def _panel(axis: Axes, found: Front, table: pd.DataFrame, policies: list[str], g
 
 
 def _names(axis: Axes, found: Front, table: pd.DataFrame, goals: tuple[Goal | None, Goal]) -> None:
-    """Write the values of the axes beside some of the front's points."""
+    """Write the values of the axes beside some of the front's points, those at one place together."""
     best = table[table.front].sort_values(found.goals[0].metric.name, kind="stable")
-    some = (
-        best.iloc[np.unique(np.linspace(0, len(best) - 1, min(NAMED, len(best))).round().astype(int))]
-        if len(best)
-        else best
-    )
-    texts = [", ".join(value_name(row[key]) for key in found.axes) for _, row in some.iterrows()]
+    if best.empty or not found.axes:
+        return
+    trials = {trial.index: trial for trial in found.best_of_all}
+    figures = [goal.metric.name for goal in found.goals]
+    places = [list(group.trial) for _, group in best.groupby(figures, sort=False)]
+    shown = np.unique(np.linspace(0, len(places) - 1, min(NAMED, len(places))).round().astype(int))
+    texts = [_values_of(found, [trials[index] for index in places[i]]) for i in shown]
+    some = best.set_index("trial", drop=False).loc[[places[i][0] for i in shown]]
     x, y = (_values(some, goal) for goal in goals)
     at_x, at_y = (_values(best, goal) for goal in goals)
     half_x, half_y = (np.nan_to_num(_values(best, goal, half=True)) for goal in goals)
     level = zip(at_x - half_x, at_y, at_x + half_x, at_y, strict=True)
     upright = zip(at_x, at_y - half_y, at_x, at_y + half_y, strict=True)
-    label_points(axis, x, y, texts, (at_x, at_y), lines=[*level, *upright])
+    pale_x, pale_y = (_values(table[~table.front], goal) for goal in goals)
+    pale = [at for at in zip(pale_x, pale_y, pale_x, pale_y, strict=True) if np.isfinite(at).all()]
+    label_points(axis, x, y, texts, (at_x, at_y), lines=[*level, *upright, *pale])
+
+
+def _values_of(found: Front, trials: list[Trial]) -> str:
+    """Return the values of every axis in ``trials``: "any" where it makes no difference to them."""
+    said = []
+    for i, key in enumerate(found.axes):
+        felt = [value_name(t.place.values[i]) for t in trials if key not in found.idle.get(t.index, ())]
+        names = list(dict.fromkeys([*([] if len(felt) == len(trials) else ["any"]), *felt]))
+        said.append("/".join(names) if len(names) < 4 else f"{names[0]}…{names[-1]}")
+    return ", ".join(said)
 
 
 def _legend(found: Front, table: pd.DataFrame, policies: list[str]) -> tuple[list[Any], list[str]]:
@@ -153,8 +165,9 @@ def _legend(found: Front, table: pd.DataFrame, policies: list[str]) -> tuple[lis
     if found.best is not None and len(found.goals) > 1:
         handles.append(Line2D([], [], linestyle="", marker="*", color="black"))
         known.append("compromise")
-    handles.append(Line2D([], [], linestyle=""))
-    known.append("labels: " + ", ".join(map(key_name, found.axes)))
+    if found.axes:
+        handles.append(Line2D([], [], linestyle=""))
+        known.append("labels: " + ", ".join(map(key_name, found.axes)))
     return handles, known
 
 

@@ -16,7 +16,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from analysis.style import COLUMN_IN, STYLE, WIDTH_IN, asked_policies, finished, need, wrapped
+from analysis.style import COLUMN_IN, STYLE, WIDTH_IN, Unfit, asked_policies, finished, need, wrapped
 from sim.results import Result
 
 
@@ -39,7 +39,7 @@ def load_heatmap(
         raise KeyError(f"no replica {replica}; there are {result.scenario.replicas}")
     experts = result.experts
     if experts.empty:
-        raise ValueError("no policy of this result has routed experts")
+        raise Unfit("no policy of this result has routed experts")
     need(experts, "experts", ("policy", "replica", "layer", "expert", "tokens"))
     relative: dict[str, pd.DataFrame] = {}
     for name in asked:
@@ -51,7 +51,7 @@ def load_heatmap(
                 share.loc[:, :] = np.sort(share.to_numpy(), axis=1)[:, ::-1]
             relative[name] = share
     if not relative:
-        raise ValueError(f"{', '.join(asked)}: no routed experts")
+        raise Unfit(f"{', '.join(asked)}: no routed experts")
     x = "expert [rank by load]" if by_load else "expert [index]"
     return _heatmaps(relative, x, "layer [index]", "load [mean of layer = 1]", width_in)
 
@@ -73,7 +73,7 @@ def topic_heatmap(
     asked = asked_policies(result, policies)
     topics = result.topics
     if topics.empty or "expert_tokens" not in topics:
-        raise ValueError("no expert loads by topic: run several topics with steps.record_topic_experts: true")
+        raise Unfit("no expert loads by topic: run several topics with steps.record_topic_experts: true")
     layers = sorted(int(number) for number in topics.layer.unique())
     chosen = layers[len(layers) // 2] if layer is None else layer
     topics = topics[(topics.layer == chosen) & (topics.replica == replica) & topics.policy.isin(asked)]

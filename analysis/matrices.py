@@ -20,6 +20,7 @@ from analysis.style import (
     COLUMN_IN,
     STYLE,
     WIDTH_IN,
+    Unfit,
     asked_policies,
     filled,
     finished,
@@ -158,7 +159,7 @@ def link_load(result: Result, *, width_in: float = WIDTH_IN) -> Figure:
     kinds = list(dict.fromkeys(table.link_kind[table.busy_s > 0]))
     names = [name for name in policy_names(result) if (table.policy == name).any()]
     if not kinds:
-        raise ValueError("no link carries anything")
+        raise Unfit("no link carries anything")
     scale, unit = prefixed(float(table.busy_s.max()), "s")
     rows, columns = panels(len(kinds), width_in)
     _, legend_in = legend_shape(names, width_in)

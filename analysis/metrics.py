@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from sim.optimizing.front import dominated
 from sim.results import Metric, Result, metrics_of
 from sim.statistics import half_width
 from sim.tokens import F64, Bool
@@ -48,6 +49,7 @@ AXES = {
     "goodput_per_s": ("goodput", "requests/s"),
 }
 """Names on axes, with the unit after ``Metric.scale``. Others take the summary's own label, see `axis_label`."""
+NULL = "null"
 UNITS = ("ms", "s", "GB", "GB /step", "%", "TFLOP/s")
 
 
@@ -107,7 +109,18 @@ def points(source: Any, names: list[str]) -> Points:
             table[f"{metric.name}_half"] = rows["half_width"].to_numpy(float) * metric.scale
         return Points(table, policies, [])
     axes = [key for key, values in source.axes.items() if len(values) > 1]
-    return Points(by_group(source.runs, ["point", *axes, "policy"], metrics), list(source.policies), axes)
+    return Points(by_group(runs_of(source), ["point", *axes, "policy"], metrics), list(source.policies), axes)
+
+
+def runs_of(sweep: Any) -> pd.DataFrame:
+    """Return the runs of a sweep with every value of an axis that has nulls as text, as JSON: to a data frame they are
+    NaN, which equals nothing, and make floats of the integers beside them."""
+    runs: pd.DataFrame = sweep.runs
+    for key, values in sweep.axes.items():
+        if any(value is None for value in values):
+            known = {value: json.dumps(value) for value in values if isinstance(value, bool | int | float)}
+            runs = runs.assign(**{key: [NULL if pd.isna(cell) else known.get(cell, str(cell)) for cell in runs[key]]})
+    return runs
 
 
 def by_group(runs: pd.DataFrame, keys: list[str], metrics: list[Metric]) -> pd.DataFrame:
@@ -133,14 +146,21 @@ def key_name(key: str) -> str:
 
 
 def value_name(value: Any) -> str:
-    """Return a value of an axis as labels show it; a mapping, as such or as JSON, by its name or kind."""
+    """Return a value of an axis as labels show it: integers whole, other numbers with six digits; a mapping, as such or as
+    JSON, by its name or kind; None, and NaN, which tables make of it, as null.
+
+    >>> value_name(1048577), value_name(0.25), value_name('{"kind": "eplb"}'), value_name(None)
+    ('1048577', '0.25', 'eplb', 'null')
+    """
+    if value is None or value != value:
+        return NULL
     if isinstance(value, str) and value.startswith("{"):
         value = json.loads(value)
     if isinstance(value, dict):
         return str(value.get("name") or value.get("kind") or value)
     if isinstance(value, bool | np.bool_):
         return "yes" if value else "no"
-    return f"{value:g}" if isinstance(value, int | float | np.number) else str(value)
+    return f"{value:g}" if isinstance(value, float | np.floating) else str(value)
 
 
 def front(x: F64, y: F64, better: tuple[str, str]) -> Bool:
@@ -152,7 +172,6 @@ def front(x: F64, y: F64, better: tuple[str, str]) -> Bool:
     """
     cost: F64 = np.stack([v if way == "lower" else -v for v, way in zip((x, y), better, strict=True)], axis=1)
     known: Bool = np.asarray(np.isfinite(cost).all(axis=1))
-    no_worse: Bool = np.asarray((cost[:, None] <= cost[None]).all(axis=2))
-    ahead: Bool = np.asarray((cost[:, None] < cost[None]).any(axis=2))
-    dominated: Bool = np.asarray((no_worse & ahead & known[:, None]).any(axis=0))
-    return known & ~dominated
+    on = known.copy()
+    on[known] = ~dominated(cost[known])
+    return on

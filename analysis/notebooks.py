@@ -2,8 +2,8 @@
 
     python -m analysis.notebooks [NAME ...] [--check]
 
-Outputs are stored without times, paths and versions. ``--check`` writes nothing and compares the numbers of all texts and
-tables with the committed ones. Needs the ``notebook`` extra.
+Outputs are stored without times, paths and versions. ``--check`` writes nothing and compares the numbers and the words of
+all texts and tables with the committed ones. Needs the ``notebook`` extra.
 """
 
 from __future__ import annotations
@@ -96,15 +96,30 @@ def numbers(notebook: Any) -> list[list[float]]:
     return [[float(number) for text in cell for number in NUMBER.findall(text)] for cell in texts(notebook)]
 
 
+def words(notebook: Any) -> list[list[str]]:
+    """Return the words of every code cell's texts, in order, with all numbers alike."""
+    return [[word for text in cell for word in NUMBER.sub("#", text).split()] for cell in texts(notebook)]
+
+
 def differences(committed: Any, fresh: Any) -> Iterator[str]:
-    """Yield the cells whose numbers differ between two executions."""
-    for i, (old, new) in enumerate(zip(numbers(committed), numbers(fresh), strict=True), start=1):
+    """Yield the cells whose numbers, or else words, differ between two executions."""
+    both = zip(numbers(committed), numbers(fresh), words(committed), words(fresh), strict=True)
+    for i, (old, new, old_words, new_words) in enumerate(both, start=1):
         if old != new:
-            pair = next(((a, b) for a, b in zip(old, new, strict=False) if a != b), None)
-            what = (
-                f"{pair[0]:g} is committed, {pair[1]:g} comes out" if pair else f"{len(old)} numbers became {len(new)}"
-            )
-            yield f"code cell {i}: {what}"
+            what = _first(old, new, "numbers")
+        elif old_words != new_words:
+            what = _first(old_words, new_words, "words")
+        else:
+            continue
+        yield f"code cell {i}: {what}"
+
+
+def _first(old: Sequence[Any], new: Sequence[Any], what: str) -> str:
+    """Say where two lists first differ."""
+    for a, b in zip(old, new, strict=False):
+        if a != b:
+            return f"{a if what == 'words' else f'{a:g}'} is committed, {b if what == 'words' else f'{b:g}'} comes out"
+    return f"{len(old)} {what} became {len(new)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +154,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m analysis.notebooks",
         description="Execute the notebooks of analysis/ in place.",
-        epilog="exit status: 0 done, 1 a cell failed or --check found other numbers, 2 bad input, 130 interrupted",
+        epilog="exit status: 0 done, 1 a cell failed or --check found other numbers or words, 2 bad input, 130 interrupted",
     )
     p.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(notebooks())}; default: all")
     p.add_argument("--check", action="store_true", help="write nothing; compare with what is committed")

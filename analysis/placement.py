@@ -27,6 +27,7 @@ from analysis.style import (
     MARKERS,
     STYLE,
     WIDTH_IN,
+    Unfit,
     by_policy,
     filled,
     finished,
@@ -59,7 +60,7 @@ def rank_loads(result: Result, *, width_in: float = WIDTH_IN) -> Figure:
     """
     table = filled(result, "devices", ("policy", "replica", "step"), TIMED)
     if "expert_tokens" not in table or not (table.expert_tokens.fillna(0) > 0).any():
-        raise ValueError("no policy of this result has routed experts whose ranks were timed")
+        raise Unfit("no policy of this result has routed experts whose ranks were timed")
     curves: dict[str, F64] = {}
     floors: dict[tuple[int, int, int], F64] = {}
     for name in policy_names(result):
@@ -126,7 +127,7 @@ def redundancy(result: Result, *, width_in: float = WIDTH_IN) -> Figure:
     scenario = result.scenario
     counts = sorted({policy.placement.num_redundant_experts for policy in scenario.policies})
     if len(counts) < 2:
-        raise ValueError("policies do not differ in placement.num_redundant_experts")
+        raise Unfit("policies do not differ in placement.num_redundant_experts")
     panels = _served(result) if scenario.serving else _stepped(result)
     series = _series(scenario.policies)
     wide = width_in > COLUMN_IN
@@ -241,9 +242,9 @@ def rebalancing(result: Result, *, width_in: float = WIDTH_IN) -> Figure:
     columns = ("policy", "replica", "step", "device_max_over_mean", "step_time_s")
     table = filled(result, "steps", columns, TIMED)
     if "step_and_moves_s" not in table:
-        raise ValueError("no policy of this result moves experts (rebalance.interval_steps)")
+        raise Unfit("no policy of this result moves experts (rebalance.interval_steps)")
     if table.step_time_s.isna().any():
-        raise ValueError("not every step was timed: " + TIMED.replace("last or all", "all"))
+        raise Unfit("not every step was timed: " + TIMED.replace("last or all", "all"))
     table = table.assign(
         total_s=table.step_and_moves_s.astype(float).fillna(table.step_time_s),
         moved=table.moved_bytes.astype(float).fillna(0.0) > 0,

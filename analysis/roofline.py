@@ -19,6 +19,7 @@ from analysis.style import (
     FLOOR,
     STYLE,
     WIDTH_IN,
+    Unfit,
     colours,
     finished,
     legend_below,
@@ -53,7 +54,7 @@ def roofline(result: Result, *, width_in: float = WIDTH_IN) -> Figure:
     device = result.scenario.cluster.device
     table = operations(result)
     if table.empty:
-        raise ValueError("no unit of this result ran an iteration")
+        raise Unfit("no unit of this result ran an iteration")
     table = table.assign(intensity=table.flops / table.bytes, rate=table.flops / table.seconds)
     names = policy_names(result)
     units = [where for where in dict.fromkeys(table["where"]) if where] or [""]

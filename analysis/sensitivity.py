@@ -29,7 +29,8 @@ def sensitivity(found: Sensitivity, *, width_in: float = WIDTH_IN) -> Figure:
     and beside it, where samples were taken, the Sobol indices of that lead with 95 % intervals.
 
     Where another policy wins, the bar is red and hatched, reaches left of zero by that policy's lead, and names it. Constants without an effect
-    are left out, and so are those with the least swing beyond fifteen. Raises ValueError if no constant has any effect.
+    are left out, and so are those that leave a policy without the metric, and those with the least swing beyond fifteen.
+    Raises ValueError if no constant is left.
     """
     winner = found.policies[found.stated.winner]
     table = _lead(found, winner)
@@ -72,7 +73,7 @@ def _lead(found: Sensitivity, winner: str) -> pd.DataFrame:
     for end in ("low", "high"):
         ahead = 100 * table[f"{end}_ahead"].to_numpy(float)
         lead = np.where(table[f"{end}_winner"] == winner, ahead, -ahead)
-        table = table.assign(**{f"{end}_lead": lead})
+        table = table.assign(**{f"{end}_lead": lead})[np.isfinite(lead)]
     table = table.assign(swing=(table.high_lead - table.low_lead).abs())
     table = table.sort_values("swing", ascending=False, kind="stable")
     shown: pd.DataFrame = table[(np.arange(len(table)) < MOST) | table.changes.to_numpy(bool)].reset_index(drop=True)

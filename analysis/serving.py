@@ -24,6 +24,7 @@ from analysis.style import (
     MARKERS,
     STYLE,
     WIDTH_IN,
+    Unfit,
     by_policy,
     colours,
     filled,
@@ -58,7 +59,7 @@ MOVED: Any = {"marker": "v", "markersize": 4}
 
 def _serving(result: Result) -> Serving:
     if result.scenario.serving is None:
-        raise ValueError(f"this result served no requests: {SERVED}")
+        raise Unfit(f"this result served no requests: {SERVED}")
     return result.scenario.serving
 
 
@@ -230,7 +231,7 @@ def throughput_against_latency(result: Result, *, width_in: float = WIDTH_IN) ->
     _serving(result)
     user, device = by_policy(result, "user_tokens_per_s"), by_policy(result, "output_tokens_per_s_per_gpu")
     if not user["mean"].notna().any():
-        raise ValueError("no request has a second token, so users see no rate")
+        raise Unfit("no request has a second token, so users see no rate")
     names = policy_names(result)
     _, legend_in = legend_shape(names, width_in)
     with plt.rc_context(STYLE):

@@ -28,6 +28,10 @@ LEGEND_CHARACTERS = 40
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5)))
 
 
+class Unfit(ValueError):
+    """A result of this kind has no data for this figure."""
+
+
 def policy_names(result: Result) -> list[str]:
     return [policy.name for policy in result.scenario.policies]
 
@@ -80,7 +84,7 @@ def filled(result: Result, name: str, columns: Sequence[str], hint: str) -> pd.D
     """Return a table with at least ``columns``. Raises ValueError with ``hint`` if it is empty, KeyError as `need`."""
     table = pd.DataFrame(result.tables.get(name, {}))
     if table.empty:
-        raise ValueError(f"this result has no table {name!r}: {hint}")
+        raise Unfit(f"this result has no table {name!r}: {hint}")
     need(table, name, columns)
     return table
 

@@ -1,4 +1,4 @@
-"""Figures of many runs: how a metric moves along the axes of a sweep, and what an optimiser found.
+"""Figures of a sweep: how a metric moves along its axes, and how two metrics trade off over its points.
 
 As in `analysis.figures`, each function returns a Matplotlib figure; ``width_in`` is 7 inches for a page's width, 3.5 for a
 column's. A sweep is a `sim.sweeping.Sweep`.
@@ -7,7 +7,8 @@ column's. A sweep is a `sim.sweeping.Sweep`.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -18,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
-from analysis.metrics import axis_label, by_group, key_name, metric_named, value_name
+from analysis.metrics import axis_label, by_group, key_name, metric_named, runs_of, value_name
 from analysis.style import (
     COLUMN_IN,
     MARKERS,
@@ -36,17 +37,36 @@ from analysis.tradeoffs import pareto
 WIDE_RANGE = 20.0
 # Values of an axis up to which it makes panels, and ticks at each of them.
 FEW = 6
+UNITS = {
+    "_price_per_hour": "USD/h",
+    "_bytes_per_s": "B/s",
+    "_flops_per_s": "FLOP/s",
+    "_per_s": "1/s",
+    "_bytes": "B",
+    "_s": "s",
+    "_w": "W",
+}
+"""Units of keys by how they end."""
 HEADLINES = ("step_time_s", "output_tokens_per_s_per_gpu", "input_tokens_per_s_per_gpu", "max_vio_batch")
 
 
 def axes_of(sweep: Any) -> dict[str, list[Any]]:
-    """Return the values that each axis of ``sweep`` takes, if several, numbers in their order, others as they came."""
-    found = {}
-    for key in sweep.axes:
-        values = list(dict.fromkeys(sweep.runs[key].tolist()))
+    """Return the values that each axis of ``sweep`` takes in its runs, if several, as `runs_of` has them: numbers in their
+    order, others as the sweep names them."""
+    found, runs = {}, runs_of(sweep)
+    for key, named in sweep.axes.items():
+        there = dict.fromkeys(runs[key].tolist())
+        known = [value for value in (_cell(value, there) for value in named) if value in there]
+        values = list(dict.fromkeys([*known, *there]))
         if len(values) > 1:
             found[key] = sorted(values) if _numeric(values) else values
     return found
+
+
+def _cell(value: Any, there: Iterable[Any]) -> Any:
+    """Return ``value`` as a column has it whose cells are ``there``: in one of text, all that is no text is JSON."""
+    text = all(isinstance(cell, str) for cell in there) and not isinstance(value, str)
+    return json.dumps(value) if text else value
 
 
 def _numeric(values: Sequence[Any]) -> bool:
@@ -71,7 +91,7 @@ def small_multiples(
     point is a dot, wherever the other axes stand. Axes are named by their whole key or its last part. Raises KeyError for an
     unknown axis or metric, and ValueError for a sweep without axes, or with more of them than panels can show.
     """
-    runs, axes = sweep.runs, axes_of(sweep)
+    runs, axes = runs_of(sweep), axes_of(sweep)
     if not axes:
         raise ValueError("no axis of this sweep takes several values")
     x = _axis(axes, x) if x else next(iter(axes))
@@ -169,18 +189,17 @@ def _broken(text: str, width: int) -> str:
 
 
 def _unit(key: str) -> str:
-    """Return the unit that a key ends in, in brackets: names carry theirs where they have one."""
-    name = key_name(key)
-    for end, unit in (
-        ("_bytes_per_s", "B/s"),
-        ("_flops_per_s", "FLOP/s"),
-        ("_per_s", "1/s"),
-        ("_bytes", "B"),
-        ("_s", "s"),
-    ):
-        if name.endswith(end):
-            return f" [{unit}]"
-    return " [tokens]" if "tokens" in name else " [1]"
+    """Return the unit that a key ends in, in brackets: names carry theirs where they have one, or the mapping that holds
+    them does (``peak_flops_per_s.fp8``).
+
+    >>> _unit("cluster.device.price_per_hour"), _unit("cluster.device.peak_flops_per_s.fp8"), _unit("cluster.nodes")
+    (' [USD/h]', ' [FLOP/s]', ' [1]')
+    """
+    for name in key.split(".")[:-3:-1]:
+        for end, unit in UNITS.items():
+            if f"_{name}".endswith(end):
+                return f" [{unit}]"
+    return " [tokens]" if "tokens" in key_name(key) else " [1]"
 
 
 def _handle(i: int, n: int, *, dots: bool) -> Line2D:

@@ -22,6 +22,7 @@ from analysis.style import (
     COLUMN_IN,
     STYLE,
     WIDTH_IN,
+    Unfit,
     asked_policies,
     filled,
     finished,
@@ -103,7 +104,7 @@ def topology(
         if load == "utilisation":
             values = 100 * values / _step_s(result, name, replica)
             if not np.isfinite(values).all():
-                raise ValueError("the last step was not timed: run with steps.timed: last or all, or draw load='bytes'")
+                raise Unfit("the last step was not timed: run with steps.timed: last or all, or draw load='bytes'")
         drawings[name] = _drawing(result, name, dict(zip(mine.link, values, strict=True)))
     return _draw(drawings, load, width_in)
 
@@ -138,7 +139,8 @@ def _drawing(result: Result, name: str, loads: dict[str, float]) -> tuple[list[_
 
 
 def _draw(drawings: dict[str, tuple[list[_Edge], dict[str, float], Cluster]], load: Load, width_in: float) -> Figure:
-    most = max(edge.load for edges, _, _ in drawings.values() for edge in edges if edge.load == edge.load)
+    loads = [load for edges, inside, _ in drawings.values() for load in (*(e.load for e in edges), *inside.values())]
+    most = max((load for load in loads if load == load), default=0.0)
     scale, unit = (1.0, "%") if load == "utilisation" else prefixed(most, "B" if load == "bytes" else "s")
     label = {"utilisation": "busy, share of the step", "busy_s": "busy per step", "bytes": "sent per step"}[load]
     norm = Normalize(0, most * scale)

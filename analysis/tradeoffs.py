@@ -28,6 +28,7 @@ from analysis.style import (
     MARKERS,
     STYLE,
     WIDTH_IN,
+    Unfit,
     colours,
     filled,
     finished,
@@ -68,7 +69,7 @@ def pareto(
     found = points(source, names)
     known = found.table[np.isfinite(found.table[[x, y]].to_numpy(float)).all(axis=1)]
     if known.empty:
-        raise ValueError(f"nothing in this source has both {x} and {y}")
+        raise Unfit(f"nothing in this source has both {x} and {y}")
     found = Points(known.reset_index(drop=True), found.policies, found.axes)
     if found.axes:
         return _pareto(found, metrics, x, y, size, width_in, found.policies)[0]
@@ -129,8 +130,8 @@ def _pareto(
             )
         axis.margins(0.14)
         hints = {"lower": ("← better", "↓ better"), "higher": ("better →", "better ↑"), "none": ("", "")}
-        axis.set_xlabel(f"{axis_label(metrics[x])}   {hints[metrics[x].better][0]}")
-        axis.set_ylabel(f"{axis_label(metrics[y])}\n{hints[metrics[y].better][1]}".rstrip())
+        axis.set_xlabel(with_hint(metrics[x], hints[metrics[x].better][0], 70 if wide else 36))
+        axis.set_ylabel(with_hint(metrics[y], hints[metrics[y].better][1], 30 if wide else 24, upright=True))
         lines = _bars(table, x, y)
         if best.any():
             at = table.loc[best, x].to_numpy(float), table.loc[best, y].to_numpy(float)
@@ -145,6 +146,14 @@ def _pareto(
         left_out = set(label_points(axis, *places, texts, all_points, room_pt=room, lines=lines))
     missed = [table.policy[row] for row, text in zip(np.flatnonzero(named), texts, strict=True) if text in left_out]
     return finished(figure), [] if found.axes else missed
+
+
+def with_hint(metric: Metric, hint: str, room: int, *, upright: bool = False) -> str:
+    """Return the label of an axis and which way is better, on one line of ``room`` characters if that is enough; along an
+    ``upright`` axis the hint has its own."""
+    label = axis_label(metric)
+    line = f"{label}   {hint}".rstrip()
+    return line if len(line) <= room and not upright else f"{wrapped(label, room)}\n{hint}".rstrip()
 
 
 def _mark(found: Points, i: int) -> tuple[Any, str]:

@@ -34,6 +34,8 @@ def put(document: Document, overrides: Sequence[Override]) -> Document:
                 due, plain = plain, []
                 document = yamlfile.put(document, due)
                 plain = _gates(document, override) if override.path[0] == "gating" else _items(document, override)
+            elif nearest(override.path[0], [*Scenario.model_fields, "extends", "gating"]) == "gating":
+                raise _unknown(override, 0, ["gating"])
             else:
                 plain.append(override)
         except ScenarioError as error:

@@ -7,6 +7,7 @@ into a model, or raises one `ScenarioError` that lists every problem at once.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import reprlib
 import types
@@ -82,6 +83,12 @@ def short(value: Any) -> str:
 def nearest(word: str, known: Iterable[str]) -> str:
     """The known word most like ``word``, or ``""``."""
     return next(iter(difflib.get_close_matches(word[:200], list(known), n=1)), "")
+
+
+def nearest_file(path: str) -> str:
+    """The file of the same folder whose name is most like that of ``path``, or ``""``."""
+    folder = os.path.dirname(path)
+    return nearest(os.path.basename(path), sorted(os.listdir(folder))) if os.path.isdir(folder) else ""
 
 
 def validate(model_cls: type[M], data: dict[str, Any], marks: Mapping[KeyPath, Mark]) -> M:

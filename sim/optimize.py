@@ -115,6 +115,7 @@ def _run(
     from sim.loading import opened
     from sim.located import Problem, ScenarioError
     from sim.sweeping.folder import Refused, named
+    from sim.sweeping.work import TooLong
 
     for key in ("trials", "batch", "jobs"):
         value = {**asked, **options}.get(key)
@@ -136,7 +137,7 @@ def _run(
         raise ValueError(LIBRARY) from None
     try:
         return run(found, None if out is None else named(out, found.scenario.name, name), **options)
-    except Refused as error:
+    except (Refused, TooLong) as error:
         raise ValueError(str(error)) from None
 
 

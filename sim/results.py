@@ -140,7 +140,8 @@ class Result:
     """A finished run. ``tables`` and ``summary_rows`` are plain columns; the properties give pandas frames.
 
     n_events: events that the discrete-event engine processed. recorded: what `sim.timeline` draws, one entry per policy;
-    empty unless the run was asked for it, and in stored runs.
+    empty unless the run was asked for it, and in stored runs. traces: of a stored run, SHA-256 of the recorded traffic and
+    requests that it was made of (empty for none); None: they are as the files are now.
     """
 
     scenario: Scenario
@@ -148,6 +149,11 @@ class Result:
     summary_rows: Table
     n_events: int
     recorded: tuple[Recorded, ...] = ()
+    traces: tuple[str, str] | None = None
+
+    def __repr__(self) -> str:
+        tables = ", ".join(name for name, table in self.tables.items() if table)
+        return f"<Result of {self.scenario.name}: {len(self.scenario.policies)} policies, {self.scenario.replicas} replica(s); {tables}>"
 
     def _frame(self, table: Table) -> pd.DataFrame:
         import pandas as pd

@@ -6,10 +6,13 @@ import argparse
 import shlex
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from sim.console import guarded
+
+INTERRUPTED = 130
 
 
 def parser() -> argparse.ArgumentParser:
@@ -83,6 +86,7 @@ def _main(args: argparse.Namespace) -> int:
             bad = True
     if bad:
         return 2
+    status = 0
     for scenario in scenarios:
         expected = estimate(scenario)
         if args.dry_run:
@@ -98,7 +102,7 @@ def _main(args: argparse.Namespace) -> int:
             print(f"{scenario.name}: too big: {TooBig(expected)}; --force runs it all the same", file=sys.stderr)
             return 2
         try:
-            _run(scenario, args, expected)
+            failed = _run(scenario, args, expected)
         except BrokenPipeError:
             raise
         except (OSError, ValueError) as error:
@@ -107,10 +111,14 @@ def _main(args: argparse.Namespace) -> int:
         except (MemoryError, BrokenExecutor) as error:  # a worker killed for memory breaks the pool
             print(f"{scenario.name}: ran out of memory, or lost a process: {error}; try fewer --jobs", file=sys.stderr)
             return 1
-    return 0
+        status = max(status, failed)
+        if failed == INTERRUPTED:
+            break
+    return status
 
 
-def _run(scenario: Any, args: argparse.Namespace, expected: Any) -> None:
+def _run(scenario: Any, args: argparse.Namespace, expected: Any) -> int:
+    """Run one scenario, store and print it. Returns the exit status."""
     import time
 
     from sim.report import terminal
@@ -126,32 +134,50 @@ def _run(scenario: Any, args: argparse.Namespace, expected: Any) -> None:
     result = simulate(scenario, args.jobs, expected, progress=show, record=args.timeline)
     try:
         if args.out != "-":
-            extras = _extras(result, args)
-            folder = write(result, args.out, time.monotonic() - started, extras)
+            folder = write(result, args.out, time.monotonic() - started)
             if not args.quiet:
                 print(f"results: {folder} ({time.monotonic() - started:.1f} s)", file=sys.stderr)
-                for name in extras:
-                    print(f"{name.partition('.')[0]}: {folder / name}", file=sys.stderr)
+            return _extras(result, args, folder)
+        return 0
     finally:  # a full disk does not cost the figures, a closed pipe does not cost the folder
         print(terminal(result))
 
 
-def _extras(result: Any, args: argparse.Namespace) -> dict[str, bytes]:
-    """The files that were asked for beside the tables, by name."""
-    found = {}
+def _extras(result: Any, args: argparse.Namespace, folder: Path) -> int:
+    """Add to a stored run the files that were asked for beside the tables. Returns the exit status: whatever goes wrong in
+    making them is a line on stderr and costs the run nothing."""
+    from sim.store import add
+
+    status = 0
+    for name, make in _asked(result, args):
+        try:
+            add(folder, {name: make()})
+        except KeyboardInterrupt:
+            print(f"interrupted while making {name}; the results are in {folder}", file=sys.stderr)
+            return INTERRUPTED
+        except Exception as error:
+            print(f"{result.scenario.name}: no {name}: {type(error).__name__}: {error}", file=sys.stderr)
+            status = 1
+        else:
+            if not args.quiet:
+                print(f"{name.partition('.')[0]}: {folder / name}", file=sys.stderr)
+    return status
+
+
+def _asked(result: Any, args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """Files by name, and what makes them."""
     if args.report:
         from sim.report.html import page
 
-        found["report.html"] = page(result, args.command).encode()
+        yield "report.html", lambda: page(result, args.command).encode()
     if args.timeline and result.recorded:
         from sim.timeline import chrome_trace, left_out
 
-        found["timeline.json.gz"] = chrome_trace(result)
+        yield "timeline.json.gz", lambda: chrome_trace(result)
         if not args.quiet and (omitted := left_out(result)):
             print(omitted, file=sys.stderr)
     elif args.timeline:
         print(f"{result.scenario.name}: no timeline: no step is timed (steps.timed: none)", file=sys.stderr)
-    return found
 
 
 class _Callable(types.ModuleType):

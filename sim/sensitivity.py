@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="exit status: 0 done (whatever the answer), 1 internal error, 2 bad input, 130 interrupted",
     )
     p.add_argument("file", metavar="FILE", help="scenario YAML, e.g. scenarios/tiny.yaml")
-    p.add_argument("--metric", metavar="NAME", help="what is won by: a metric of summary.csv (default: step_time_s; tpot_mean_s or ttft_mean_s where requests are served)")  # fmt: skip
+    p.add_argument("--metric", metavar="NAME", help="what is won by: a metric of summary.csv (default: what the report calls the best by, step_time_s for most)")  # fmt: skip
     p.add_argument("--vary", action="append", default=[], metavar="KEY=RANGE", help="a constant and how far it may be off: KEY=±20%%, KEY=low:high in SI units, or KEY alone for ±20%% (repeatable); KEY is any --set key")  # fmt: skip
     p.add_argument("--samples", type=int, default=32, metavar="N", help="a power of two: N (constants + 2) points for the Sobol indices, 2 N of them independent (default: %(default)s); 0: one at a time only")  # fmt: skip
     p.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="change one value before anything is varied (repeatable)")  # fmt: skip

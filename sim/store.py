@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import csv
 import errno
+import glob
 import hashlib
 import json
 import math
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from sim.results import Result, Table, summarise
@@ -37,44 +38,68 @@ def resolved_data(scenario: Scenario) -> dict[str, Any]:
     return data
 
 
-def run_id(scenario: Scenario) -> str:
-    """Return 12 hex digits of the SHA-256 of the resolved scenario; of a recorded trace the content counts, not the path."""
+def run_id(scenario: Scenario, traces: tuple[str, str] | None = None) -> str:
+    """Return 12 hex digits of the SHA-256 of the resolved scenario; of a recorded trace the content counts, not the path.
+
+    traces: as in `Result.traces`."""
     data = resolved_data(scenario)
-    if trace := scenario.traffic.fingerprint():
-        data["traffic"] = data["traffic"] | {"path": trace}
-    if scenario.serving is not None and (trace := scenario.serving.requests.fingerprint()):
-        data["serving"]["requests"] |= {"path": trace}
+    traffic, requests = traces or fingerprints(scenario)
+    if traffic:
+        data["traffic"] = data["traffic"] | {"path": traffic}
+    if requests:
+        data["serving"]["requests"] |= {"path": requests}
     text = json.dumps(data, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def fingerprints(scenario: Scenario) -> tuple[str, str]:
+    """Return SHA-256 of the recorded traffic and requests as the files are now; empty for none, or one that cannot be read."""
+    serving = scenario.serving
+    return scenario.traffic.fingerprint(), "" if serving is None else serving.requests.fingerprint()
+
+
+def named_traces(scenario: Scenario) -> tuple[str, str]:
+    """Return the files (or folders) that traffic and requests were recorded in; empty for synthetic ones."""
+    requests = None if scenario.serving is None else scenario.serving.requests
+    return getattr(scenario.traffic, "path", ""), getattr(requests, "path", "")
+
+
+def gone(result: Result) -> list[str]:
+    """Return a line for each recorded trace of a stored run that is not there any more as it was. Only a new run needs it."""
+    if result.traces is None:
+        return []
+    rows = zip(named_traces(result.scenario), result.traces, fingerprints(result.scenario), strict=True)
+    return [
+        f"{path} {'has changed' if now else 'is gone'} since the run was made"
+        for path, then, now in rows
+        if then != now
+    ]
 
 
 def write(
     result: Result,
     out: str | os.PathLike[str],
     wall_s: float | None = None,
-    extras: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Path:
     """Write the run's folder and return its path. An older run of the same scenario is replaced when the new one is
-    complete; OSError leaves everything as it was. extras: more files by name."""
+    complete; OSError leaves everything as it was."""
     from sim.yamlfile import dump
 
-    folder = Path(out) / result.scenario.name / run_id(result.scenario)
+    traces = result.traces or fingerprints(result.scenario)
+    folder = Path(out) / result.scenario.name / run_id(result.scenario, traces)
     with atomic_folder(folder) as work:
         for name, table in result.tables.items():
             if table:
                 write_parquet(work / f"{name}.parquet", table)
         write_csv(work / "summary.csv", result.summary_rows)
         (work / _SCENARIO).write_text(dump(resolved_data(result.scenario)), encoding="utf-8")
-        for name, content in extras.items():
-            (work / name).write_bytes(content)
-        serving = result.scenario.serving
         manifest = {
             "scenario": resolved_data(result.scenario),
             "seed": result.scenario.seed,
             "engine": result.scenario.schedule.engine,
             "resolution": result.scenario.steps.resolution,
-            "trace_sha256": result.scenario.traffic.fingerprint() or None,
-            "requests_sha256": None if serving is None else serving.requests.fingerprint() or None,
+            "trace_sha256": traces[0] or None,
+            "requests_sha256": traces[1] or None,
             "events": result.n_events,
             "versions": versions(),
             "sha256": {path.name: _sha256(path) for path in sorted(work.iterdir())},
@@ -100,7 +125,8 @@ def manifest_of(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read(folder: str | os.PathLike[str]) -> Result:
-    """Return the result that `write` stored. Raises FileNotFoundError if ``folder`` is no run's, ScenarioError if its
+    """Return the result that `write` stored. Recorded traces may lie anywhere and need not be there any more (`gone`); files
+    that were added later are not looked at. Raises FileNotFoundError if ``folder`` is no run's, ScenarioError if its
     scenario no longer reads, and ValueError if a file is missing or is not what the manifest lists."""
     import pyarrow.parquet as pq
 
@@ -119,37 +145,61 @@ def read(folder: str | os.PathLike[str]) -> Result:
             raise ValueError(f"{folder} is damaged: {name} is not the file that {_MANIFEST} lists")
         if path.suffix == ".parquet":
             tables[path.stem] = pq.read_table(path).to_pydict()
-    scenario = load(folder / _SCENARIO)
+    scenario = load(folder / _SCENARIO, allow_outside=True)
     for name in _STEPS if scenario.serving is None else _SERVING:
         tables.setdefault(name, {})
-    return Result(scenario, tables, summarise(tables, scenario), manifest["events"])
+    traces = manifest.get("trace_sha256") or "", manifest.get("requests_sha256") or ""
+    return Result(scenario, tables, summarise(tables, scenario), manifest["events"], traces=traces)
 
 
 def add(folder: str | os.PathLike[str], extras: Mapping[str, bytes]) -> None:
-    """Put more files, by name, into a stored run and its manifest; each is replaced whole. Raises as `manifest_of`."""
+    """Put more files, by name, into a stored run and its manifest; each is replaced whole. Raises as `manifest_of`.
+
+    Whenever it is killed, the manifest lists no hash that is not the file's: files that change are not listed meanwhile."""
     folder = Path(folder)
     manifest = manifest_of(folder)
+    if [name for name in extras if manifest["sha256"].pop(name, None)]:
+        _write_manifest(folder, manifest)
     for name, content in extras.items():
         replace(folder / name, content)
-        manifest["sha256"][name] = _sha256(folder / name)
+        manifest["sha256"][name] = hashlib.sha256(content).hexdigest()
     manifest["sha256"] = dict(sorted(manifest["sha256"].items()))
+    _write_manifest(folder, manifest)
+
+
+def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     replace(folder / _MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    """Write a file whole or not at all, readable as the umask allows. Raises OSError, also for what `check_target` refuses."""
+    check_target(path)
+    for stray in path.parent.glob(f".{glob.escape(path.name)}.*.{8 * '?'}"):  # left by a killed process
+        if not _alive(stray.name):
+            with suppress(OSError):
+                stray.unlink()
+    work = _temporary(path)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(os.open(work, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
+        os.replace(work, path)
     except BaseException:
         with suppress(FileNotFoundError):
-            os.unlink(name)
+            os.unlink(work)
         raise
+
+
+def check_target(path: Path) -> None:
+    """Raise FileExistsError if ``path`` is there and no regular file: a folder, or a device such as /dev/null."""
+    if path.exists() and not path.is_file():
+        raise FileExistsError(f"{path} is there and is no regular file")
+
+
+def _temporary(path: Path) -> Path:
+    """Return a name beside ``path`` that nobody has and that says which process it belongs to."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
 
 
 def check_writable(out: str | os.PathLike[str]) -> None:
@@ -167,13 +217,13 @@ def check_writable(out: str | os.PathLike[str]) -> None:
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Give a temporary sibling to fill; on success it takes the folder's name, on failure it is removed."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for stray in folder.parent.glob(f".{folder.name}.*"):  # left by a killed run
+    for stray in folder.parent.glob(f".{glob.escape(folder.name)}.*"):  # left by a killed run
         if not _alive(stray.name):
             shutil.rmtree(stray, ignore_errors=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.{os.getpid()}.", dir=folder.parent))
+    work = _temporary(folder)
+    work.mkdir()
     try:
         yield work
-        work.chmod(0o755)
         for path in work.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
@@ -208,12 +258,12 @@ def _swap(work: Path, folder: Path) -> None:
 
 def _alive(name: str) -> bool:
     """Say whether the process that made a temporary folder still runs."""
-    pid = name.split(".")[2]
+    pid = name.rsplit(".", 2)[1]
     try:
         os.kill(int(pid), 0)
     except ProcessLookupError:
         return False
-    except (ValueError, OSError):
+    except (ValueError, OverflowError, OSError):
         return True
     return int(pid) != os.getpid()
 

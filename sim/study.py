@@ -257,7 +257,8 @@ class Routed:
 
 def separable(scenario: Scenario) -> bool:
     """Whether routing and timing of ``scenario`` are two stages, so that `timed` can use one `route` many times."""
-    return len(scenario.arenas()) == 1 and scenario.serving is None and not scenario.pipelined
+    priced = any("rank_times_s" in policy.placement.needs for policy in scenario.policies)  # placed by what it costs
+    return len(scenario.arenas()) == 1 and scenario.serving is None and not scenario.pipelined and not priced
 
 
 def route(scenario: Scenario, jobs: int | None, expected: Estimate, progress: bool = False) -> Routed:
@@ -295,6 +296,7 @@ _ROUTING: dict[str, Callable[[Scenario], Any]] = {
     for name in ("seed", "replicas", "model", "parallel", "traffic", "router_dynamics", "steps", "policies")
 } | {
     "schedule.micro_batches": lambda scenario: scenario.schedule.micro_batches,
+    "schedule.phase": lambda scenario: scenario.schedule.phase,
     "cluster": lambda scenario: (scenario.cluster.n_devices, scenario.cluster.topology.domain(scenario.cluster)),
 }
 

@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from sim.located import KeyPath, Mark, Problem, ScenarioError, dotted, short
+from sim.located import KeyPath, Mark, Problem, ScenarioError, dotted, nearest_file, short
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 50
@@ -47,7 +47,7 @@ def read_text(real: str, name: str) -> str:
 
     try:
         if not os.path.exists(real):
-            raise refuse("no such file")
+            raise ScenarioError([Problem(name, "", "no such file", hint=nearest_file(real))])
         if not os.path.isfile(real):
             raise refuse("is a folder, not a file" if os.path.isdir(real) else "is not a regular file")
         with open(real, "rb") as stream:

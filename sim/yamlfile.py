@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 from pydantic import BaseModel
 
 from sim import located
-from sim.located import KeyPath, Mark, Problem, ScenarioError, dotted, nearest, short
+from sim.located import KeyPath, Mark, Problem, ScenarioError, dotted, nearest_file, short
 from sim.syntax import (
     MAX_DEPTH,
     MAX_NODES,
@@ -354,10 +354,7 @@ class _Library:
             raise refuse(f"more than {MAX_CHAIN} files extend each other")
         if real not in self.trees:
             if not os.path.exists(real):
-                near, folder = "", os.path.dirname(real)
-                if os.path.isdir(folder):
-                    near = nearest(os.path.basename(real), sorted(os.listdir(folder)))
-                raise refuse("no such file", near)
+                raise refuse("no such file", nearest_file(real))
             if not os.path.isfile(real):
                 raise refuse("is not a file")
             try:

@@ -263,6 +263,15 @@ def test_lines_carry_the_load_of_the_busier_direction(result: Result) -> None:
         topology.topology(result, "top-k", replica=7)
 
 
+def test_utilisation_is_the_share_of_the_step_in_percent(result: Result) -> None:
+    links = [row for row in zip(*(result.tables["links"][k] for k in ("policy", "replica", "busy_s")), strict=True)]
+    steps = result.steps
+    step_s = steps[(steps.policy == "top-k") & (steps.replica == 0)].step_time_s.iloc[-1]
+    most = max(busy_s for policy, replica, busy_s in links if (policy, replica) == ("top-k", 0))
+    bar = topology.topology(result, "top-k", load="utilisation").axes[-1]
+    assert bar.get_ylim() == pytest.approx((0, 100 * most / step_s)) and "[%]" in bar.get_ylabel()
+
+
 def test_faults_are_dashed(result: Result, monkeypatch: pytest.MonkeyPatch) -> None:
     slow = result.scenario.cluster.model_copy(update={"faults": (sim_fault("nic:1", 0.5),)})
     faulty = replace(result, scenario=result.scenario.model_copy(update={"cluster": slow}))
@@ -295,6 +304,16 @@ def test_operations_by_the_roofline_law_lie_on_the_roof(result: Result) -> None:
     assert (table.flops / table.seconds)[products].to_numpy() == pytest.approx(np.asarray(roof)[products])
     usual = operations(result)
     assert (usual.flops == table.flops).all() and (usual.seconds >= table.seconds * (1 - 1e-9)).all()
+
+
+def test_nothing_stands_above_the_roof(result: Result) -> None:
+    """Rates [TFLOP/s] stay below both the peak and the bandwidth [TB/s] times FLOP/byte; the busiest experts do more."""
+    device = result.scenario.cluster.device
+    axis = roofline.roofline(result).axes[0]
+    marks = [line for line in axis.lines if line.get_marker() in roofline.MARKS.values()]
+    assert len(marks) > 8
+    for x, y in (line.get_xydata()[0] for line in marks):
+        assert y <= 1e-12 * min(device.peak("fp8"), x * device.memory_bandwidth_bytes_per_s) * (1 + 1e-9)
 
 
 def sim_roofline() -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -190,14 +191,46 @@ def test_a_page_and_a_timeline_are_part_of_the_run(place: Path, capsys: pytest.C
     assert capsys.readouterr().err.startswith("--report and --timeline write into the folder of results")
 
 
+def test_a_page_that_fails_costs_no_run(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sim.report import html
+
+    def fails(error: BaseException) -> Callable[..., str]:
+        def page(*arguments: Any) -> str:
+            raise error
+
+        return page
+
+    for error, status, says in (
+        (RuntimeError("no ink"), 1, "tiny: no report.html: RuntimeError: no ink"),
+        (ValueError("odd"), 1, "tiny: no report.html: ValueError: odd"),
+        (KeyboardInterrupt(), 130, "interrupted while making report.html; the results are in "),
+    ):
+        monkeypatch.setattr(html, "page", fails(error))
+        assert main([TINY, *SETS, "--report", "--quiet"]) == status
+        captured = capsys.readouterr()
+        assert captured.err.startswith(says) and captured.out.startswith("tiny: toy, ")
+        (folder,) = (place / "results" / "tiny").iterdir()
+        assert (folder / "manifest.json").is_file() and not (folder / "report.html").exists()
+        shutil.rmtree(place / "results")
+
+
 def test_several_files_are_all_checked_before_one_runs(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (place / "two.yaml").write_text(f"extends: {TINY}\nname: two\n", encoding="utf-8")
     assert main([TINY, "two.yaml", *SETS]) == 2
     captured = capsys.readouterr()
-    assert captured.out == "" and "two.yaml:1:1: extends: leaves the folder" in captured.err and visible(place) == ["two.yaml"]
+    assert (
+        captured.out == ""
+        and "two.yaml:1:1: extends: leaves the folder" in captured.err
+        and visible(place) == ["two.yaml"]
+    )
     # Options may stand between the files.
     assert main([TINY, "--allow-outside", *SETS, "two.yaml"]) == 0
-    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines() if ": toy," in line] == ["tiny", "two"]
+    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines() if ": toy," in line] == [
+        "tiny",
+        "two",
+    ]
     assert sorted(path.name for path in (place / "results").iterdir()) == ["tiny", "two"]
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,12 @@ import numpy as np
 import pytest
 
 from sim import store
-from sim.report.__main__ import found, main
+from sim.estimate import estimate
+from sim.report.__main__ import distinct, found, main
 from sim.report.compare import changed_keys, compare, unpaired
 from sim.report.differences import compared, text
+from sim.results import Result, summarise
+from sim.study import simulate
 from tests import reported
 from tests.reported import Outline
 
@@ -80,6 +84,61 @@ def test_what_differs_in_the_scenarios_is_named(three: dict[str, Path]) -> None:
     assert "seed: seed is not that of base" in said
 
 
+def test_signs_and_intervals_of_the_text() -> None:
+    """By hand: kept affinity 0.9 to 0.45 and back, each a difference of 0.45 with an interval of t(0.975, 1) x 0.01."""
+
+    def made(values: list[float], **changes: Any) -> Result:
+        base = reported.result("pipelined").scenario
+        policy = base.policies[0].model_copy(update={"name": "p"})
+        scenario = base.model_copy(update={"policies": (policy,), "replicas": len(values)} | changes)
+        table = {
+            "policy": ["p"] * 2,
+            "replica": [0, 1],
+            "step": [0, 0],
+            "kept_affinity": values,
+            "step_time_s": [1.0, 1.0],
+        }
+        tables = {"steps": table}
+        return Result(scenario, tables, summarise(tables, scenario), 0)
+
+    low, high = made([0.45, 0.44]), made([0.9, 0.91])
+    for runs, cell in (
+        ({"x": low, "y": high}, "0.9050 (+103 % ±29)"),
+        ({"x": high, "y": low}, "0.4450 (-51 % ±14)"),
+    ):
+        ((title, head, lines),) = compared(runs, [{}, {}]).grids
+        assert title == "kept affinity" and head == ["policy", "x", "y"] and lines[0][2] == cell
+        assert cell in text(compared(runs, [{}, {}]), ["x", "y"])
+    frame = compare({"x": low, "y": high}).set_index("metric")
+    assert frame.loc["kept_affinity", "difference"] == pytest.approx(0.46)
+    assert frame.loc["kept_affinity", "half_width"] == pytest.approx(12.7062 * 0.01, rel=1e-5) and frame.paired.all()
+    independent = compare({"x": low, "y": made([0.9, 0.91], seed=5)}).set_index("metric")
+    assert not independent.paired.any() and independent.loc["kept_affinity", "half_width"] < 0.1
+
+
+@pytest.mark.parametrize("what", ["seed", "replicas", "traffic", "requests", "model", "parallel"])
+def test_replicas_are_paired_only_where_everything_that_is_drawn_is_the_same(what: str) -> None:
+    result = reported.result("serving")
+    scenario, serving = result.scenario, result.scenario.serving
+    assert serving is not None and unpaired(result, result) == ""
+    change: dict[str, Any] = {
+        "seed": {"seed": 99},
+        "replicas": {"replicas": 7},
+        "traffic": {"traffic": scenario.traffic.model_copy(update={"tokens_per_rank": 16})},
+        "requests": {"serving": serving.model_copy(update={"duration_s": 9.0})},
+        "model": {"model": scenario.model.model_copy(update={"name": "another"})},
+        "parallel": {"parallel": scenario.parallel.model_copy(update={"ep_size": 4})},
+    }[what]
+    other = replace(result, scenario=scenario.model_copy(update=change))
+    assert unpaired(result, other) == unpaired(other, result) == what
+    if what in ("traffic", "requests"):  # recorded: the content counts, at any path
+        traces = [
+            replace(result, traces=("", "")),
+            replace(result, traces=("a", "") if what == "traffic" else ("", "a")),
+        ]
+        assert unpaired(*traces) == what and unpaired(traces[1], traces[1]) == ""
+
+
 def test_unlike_runs_are_refused() -> None:
     with pytest.raises(ValueError, match="at least two"):
         compare({"a": reported.result("steps")})
@@ -118,6 +177,75 @@ def test_a_scenarios_folder_stands_for_its_newest_run(
     assert found(str(three["base"])) == three["base"]
 
 
+def test_the_same_run_of_two_folders_is_compared(
+    three: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Say of two versions: one scenario, one name, two places."""
+    base = three["base"]
+    copy = tmp_path / "newer" / base.parent.name / base.name
+    shutil.copytree(base, copy)
+    assert main(["--compare", str(base), str(copy)]) == 0
+    out = capsys.readouterr().out
+    above = base.resolve().parents[1].name
+    assert f"newer/tiny/{base.name}: same seed and traffic as {above}/tiny/{base.name}" in out
+    assert distinct([base, three["wider"]]) == [f"tiny/{base.name}", f"tiny/{three['wider'].name}"]
+    (tmp_path / "link").symlink_to(base)
+    assert main(["--compare", str(base), str(tmp_path / "link")]) == 2
+    assert "given twice" in capsys.readouterr().err
+
+
+def test_a_run_of_a_recorded_trace_is_read_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trace lies elsewhere; changed or gone, the tables are still those of the run, and the page says the same."""
+    from sim.loading import load
+    from sim.report import html
+
+    monkeypatch.setattr(html, "drawings", lambda result: [])
+    model, trace = load(reported.TINY).model, tmp_path / "traces" / "t.npz"
+    trace.parent.mkdir()
+
+    def record(seed: int) -> None:
+        order = np.random.default_rng(seed).random((model.n_moe_layers, 4096, model.n_routed_experts)).argsort(axis=2)
+        np.savez(trace, topk_ids=order[:, :, : model.num_experts_per_tok].astype(np.int16))
+
+    record(0)
+    policies = [
+        {"name": "linear", "select": "recorded"},
+        {"name": "random", "select": "recorded", "placement": "random"},
+    ]
+    result = reported.run(
+        traffic={"kind": "replay", "path": str(trace), "tokens_per_rank": 64}, steps={"count": 1}, policies=policies
+    )
+    folder = store.write(result, tmp_path / "results")
+    monkeypatch.setattr(html, "versions", lambda: store.manifest_of(folder)["versions"])
+    page, again = html.page(result), store.read(folder)
+    assert again.scenario == result.scenario and html.page(again) == page and store.gone(again) == []
+    assert f"run {folder.name}" in page and "--allow-outside" in page
+    assert main([str(folder)]) == 0 and capsys.readouterr().err == ""
+
+    record(1)
+    changed = reported.run(
+        traffic={"kind": "replay", "path": str(trace), "tokens_per_rank": 64}, steps={"count": 1}, policies=policies
+    )
+    other = store.write(changed, tmp_path / "results")
+    assert other != folder and unpaired(store.read(folder), store.read(other)) == "traffic"
+    assert html.page(store.read(folder)) == page
+    assert main([str(folder)]) == 0
+    assert (
+        capsys.readouterr().err
+        == f"{folder}: {trace} has changed since the run was made; what is stored of it still is\n"
+    )
+
+    trace.unlink()
+    assert html.page(store.read(folder)) == page
+    assert main(["--compare", str(folder), str(other)]) == 0
+    captured = capsys.readouterr()
+    assert captured.err.count("is gone since the run was made") == 2 and "traffic is not that of" in captured.out
+    with pytest.raises(ValueError, match=r"t\.npz"):
+        simulate(store.read(folder).scenario, 1, estimate(result.scenario))
+
+
 def test_bad_input_is_refused_and_nothing_written(
     three: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -132,6 +260,8 @@ def test_bad_input_is_refused_and_nothing_written(
         (["--compare", str(three["base"]), str(three["base"])], "given twice"),
         ([str(three["base"]), str(three["wider"]), "--out", str(tmp_path / "x.html")], "names one page"),
         ([str(three["base"]), "--out", str(tmp_path / "no" / "x.html")], "there is no folder"),
+        ([str(three["base"]), "--out", "/dev/null"], "no regular file"),
+        ([str(three["base"]), "--out", str(tmp_path)], "no regular file"),
     ):
         assert main(argv) == 2, argv
         err = capsys.readouterr().err
@@ -145,7 +275,8 @@ def test_bad_input_is_refused_and_nothing_written(
 
 def test_extras_are_part_of_the_run(tmp_path: Path) -> None:
     result = reported.result("pipelined")
-    folder = store.write(result, tmp_path, extras={"report.html": b"<p>", "timeline.json.gz": b"\x1f"})
+    folder = store.write(result, tmp_path)
+    store.add(folder, {"report.html": b"<p>", "timeline.json.gz": b"\x1f"})
     manifest = store.manifest_of(folder)
     assert {"report.html", "timeline.json.gz"} <= set(manifest["sha256"])
     assert (folder / "report.html").read_bytes() == b"<p>"

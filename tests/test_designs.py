@@ -101,6 +101,8 @@ def test_every_design_is_tested_here_and_seeded_by_name() -> None:
         ("k=50 GB/s,'1,5'", ("50 GB/s", "1,5")),
         ("k={kind: topk},{kind: group_limited, topk_group: 2}", ({"kind": "topk"}, {"kind": "group_limited", "topk_group": 2})),
         ("k=7", (7,)),
+        ("k=1:1e1:3e0", (1, 4, 7, 10)),
+        ("k=1:2.0:1", (1.0, 2.0)),
     ],
 )  # fmt: skip
 def test_what_vary_means(text: str, values: tuple[Any, ...]) -> None:
@@ -137,12 +139,23 @@ def test_steps_end_within_a_step_of_the_end(low: int, more: int, step: float) ->
         ("k=1,2,1", "--vary k: is there twice [got 1]"),
         ("k=[1", "--vary k: not valid YAML: expected ',' or ']', but got '<stream end>'"),
         ("k..l=1", "--vary k..l: k..l: has an empty key"),
+        ("k=1] # x", "--vary k: not valid YAML: "),
+        ("k=1]: [2", "--vary k: keys must be text, not lists or mappings"),
+        ("sweep.seed=1,2", "--vary sweep.seed: is of the sweep itself, not of its points"),
     ],
 )
 def test_bad_axes(text: str, complaint: str) -> None:
     with pytest.raises(ScenarioError) as caught:
         from_texts([text])
-    assert str(caught.value) == complaint
+    assert str(caught.value).startswith(complaint) and len(caught.value.problems) == 1
+
+
+def test_bad_axes_of_python() -> None:
+    with pytest.raises(ValueError, match=r"keys must be text such as 'cluster\.nodes' \[got 3\]"):
+        from_mapping({3: [1, 2]})  # type: ignore[dict-item]
+    for values in ({1, 2}, frozenset({1})):
+        with pytest.raises(ScenarioError, match="--vary k: a set has no order: give a list"):
+            from_mapping({"k": values})
 
 
 def test_all_bad_axes_are_named_at_once() -> None:

@@ -22,7 +22,7 @@ from sim.digest import digest
 from sim.estimate import estimate
 from sim.run import main
 from sim.store import run_id
-from sim.study import route, timed
+from sim.study import route, separable, timed
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "scenarios" / "tiny.yaml"
@@ -210,5 +210,15 @@ def test_one_routing_serves_every_price() -> None:
         whole, again = sim.run(scenario), timed(routed, scenario)
         for name in whole.tables:
             pd.testing.assert_frame_equal(pd.DataFrame(whole.tables[name]), pd.DataFrame(again.tables[name]))
-    with pytest.raises(ValueError, match="traffic differs"):
-        timed(routed, sim.load(TINY, [*SHORT, "traffic.tokens_per_rank=64"]))
+    for change, what in (
+        ("traffic.tokens_per_rank=64", "traffic"),
+        ("cluster.nodes=4", "cluster"),  # more devices, as many in each NVLink domain
+        ("schedule={phase: forward, micro_batches: 2, overlap: micro_batches}", "schedule.phase"),
+    ):
+        with pytest.raises(ValueError, match=f"{what} differs"):
+            timed(routed, sim.load(TINY, [*SHORT, change]))
+
+
+def test_routing_that_asks_for_costs_is_not_shared() -> None:
+    annealed = "policies=[{name: a}, {name: b, placement: annealed}]"
+    assert separable(sim.load(TINY, SHORT)) and not separable(sim.load(TINY, [*SHORT, annealed]))

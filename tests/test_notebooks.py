@@ -100,6 +100,24 @@ def test_check_finds_a_changed_number_and_a_failing_cell(
     assert "NAME must be one of one, two [got 'three']" in capsys.readouterr().err
 
 
+def test_check_finds_another_winner_with_the_same_numbers() -> None:
+    def shown(text: str) -> Any:
+        cell = nbformat.v4.new_code_cell("x", outputs=[nbformat.v4.new_output("stream", name="stdout", text=text)])
+        return nbformat.v4.new_notebook(cells=[cell])
+
+    old = shown("best: *eplb* by 3 % of 12 ms\n")
+    assert list(notebooks.differences(old, shown("best: *linear* by 3 % of 12 ms\n"))) == [
+        "code cell 1: *eplb* is committed, *linear* comes out"
+    ]
+    assert list(notebooks.differences(old, shown("best: *eplb* by 3 % of 12 ms now"))) == [
+        "code cell 1: 8 words became 9"
+    ]
+    assert not list(notebooks.differences(old, shown("best:  *eplb* by 3.0 % of 12 ms"))), (
+        "room and zeros are no matter"
+    )
+    assert notebooks.parser().parse_args(["serving", "--check"]).names == ["serving"]
+
+
 @pytest.fixture(scope="module")
 def result() -> Iterator[Result]:
     yield stories.run("tiny.yaml", {"replicas": 2, "steps.count": 2, "steps.warmup.steps": 4})
@@ -125,6 +143,16 @@ def test_a_ranking_says_who_is_ahead_and_what_it_cannot_tell(result: Result) -> 
         stories.ranking(result, "max_vio_batch_floor")
     with pytest.raises(ValueError, match="no policy of this result has mfu"):
         stories.ranking(result, "mfu")
+
+
+def test_a_ranking_tells_apart_what_intervals_of_paired_differences_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half-widths over three replicas: 4.303 s / sqrt(3); of b - a 0.1 +- 0.5, of c - a 1.03 +- 0.14."""
+    values = {"a": [1.0, 2.0, 3.0], "b": [1.1, 2.3, 2.9], "c": [2.0, 3.0, 4.1]}
+    monkeypatch.setattr(stories, "_replicas", lambda *_: {name: np.array(mine) for name, mine in values.items()})
+    scenario = sim.load(stories.SCENARIOS / "tiny.yaml", ["replicas=3"])
+    text = stories.ranking(Result(scenario, {}, {}, 0), "step_time_s").data
+    assert "Best in step time: **a** with 2000 ms. This run cannot tell it from *b*." in text
+    assert "Behind it: *c* by 52 % ± 7.2." in text
 
 
 def test_sentences_carry_both_values_and_the_change(result: Result) -> None:

@@ -2,34 +2,45 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 
 import sim
-from sim.loading import load
+from sim.loading import load, opened
 from sim.optimize import main
 from sim.optimizing import Front, work
+from sim.optimizing import folder as disk
+from sim.optimizing import search as searching
 from sim.optimizing.front import dominated
 from sim.optimizing.goals import DEFAULTS
+from sim.optimizing.space import Space
 from sim.report.fronts import table
 from sim.results import METRICS, Table
 from sim.store import resolved_data
-from sim.yamlfile import dump
+from sim.sweeping import dataset
+from sim.sweeping.axes import from_mapping
+from sim.yamlfile import ScenarioError, dump
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = str(ROOT / "scenarios" / "tiny.yaml")
@@ -72,7 +83,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Callable[[Figures], list[dict[st
     def put(figures: Figures) -> list[dict[str, Any]]:
         made: list[dict[str, Any]] = []
 
-        def evaluate(data: dict[str, Any]) -> Table:
+        def evaluate(data: dict[str, Any], run: str = "") -> Table:
             made.append(data)
             replicas = data["replicas"]
             rows: Table = {metric.name: [math.nan] * replicas for metric in METRICS} | figures(data)
@@ -187,6 +198,67 @@ def test_a_valley_is_found_within_its_limits(
     assert front.reasons == {"not kept_affinity >= 0.4": len(front.tried) - len(front.feasible)}
 
 
+def test_a_last_batch_is_no_larger_than_what_is_left(
+    small: str, pretend: Callable[[Figures], list[dict[str, Any]]]
+) -> None:
+    made = pretend(_figures)
+    front = sim.optimize(small, {"cluster.nodes": "2:400"}, minimize=["step_time_s"], trials=8, batch=5)
+    assert len(made) == len(front.tried) == 8
+
+
+def test_the_search_is_told_of_limits_and_of_what_does_not_run(
+    small: str, pretend: Callable[[Figures], list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(_figures)
+    studies: list[Any] = []
+    real = searching._study
+    monkeypatch.setattr(searching, "_study", lambda *what: studies.append(real(*what)) or studies[0])
+    front = sim.optimize(small, {"cluster.nodes": "1:8"}, minimize=["step_time_s"], subject_to=["kept_affinity>=20"])
+    told = {
+        trial.params["cluster.nodes"]: trial.constraints
+        for trial in studies[0].trials
+        if trial.params["policy"] == "top-k"
+    }
+    assert set(told) == set(range(1, 9))
+    for trial in front.tried:
+        if trial.place.policy != "top-k":
+            continue
+        (nodes,) = trial.place.values
+        kept = trial.means.get("kept_affinity", 20.0)
+        assert told[nodes]["runs"] == (1e6 if nodes == 1 else 0.0)
+        assert told[nodes]["0 kept_affinity >= 20"] == pytest.approx((20 - kept) / 20)
+    assert 0 < len(front.feasible) < len(front.tried) - 4
+
+
+class Stubborn:
+    """A study that suggests the same place again and again, and what it is given to try first."""
+
+    def __init__(self) -> None:
+        self.queue: list[dict[str, Any]] = []
+        self.asked: list[bool] = []
+
+    def enqueue_trial(self, params: dict[str, Any]) -> None:
+        self.queue.append(params)
+
+    def ask(self, distributions: Any) -> Any:
+        self.asked.append(bool(self.queue))
+        params = self.queue.pop() if self.queue else {"cluster.nodes": 0, "policy": "top-k"}
+        return types.SimpleNamespace(params=params, set_constraint=lambda *what: None)
+
+    def tell(self, *what: Any) -> None: ...
+
+
+def test_after_a_fresh_place_the_search_suggests_for_itself_again(
+    small: str, pretend: Callable[[Figures], list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, study = pretend(_figures), Stubborn()
+    monkeypatch.setattr(searching, "_study", lambda *what: study)
+    sim.optimize(small, {"cluster.nodes": [2, 3, 4, 5]}, minimize=["step_time_s"], policies=["top-k"], batch=4)
+    assert len(made) == 4
+    helped = [i for i, queued in enumerate(study.asked) if queued]
+    assert len(helped) == 3 and [b - a for a, b in itertools.pairwise(helped)] == [searching._STALLED + 1] * 2
+
+
 # --- what cannot be had ---
 
 
@@ -218,13 +290,84 @@ def test_what_cannot_run_is_counted_with_its_reason(
     assert strict.best is None and strict.pareto.empty and "No trial is feasible." in table(strict)
 
 
+def test_values_may_be_lists_mappings_and_of_any_type(
+    small: str, pretend: Callable[[Figures], list[dict[str, Any]]]
+) -> None:
+    made = pretend(_figures)
+    vary = {
+        "policies.*.select": ["topk", {"kind": "group_limited", "topk_group": 1, "n_group": 2}],
+        "stragglers": [[], [{"device": 0, "slowdown": 2}]],
+    }
+    front = sim.optimize(small, vary, minimize=["step_time_s"], policies=["top-k"], batch=2)
+    assert len(made) == len(front.tried) == 4 and {len(data["stragglers"]) for data in made} == {0, 1}
+    assert "topk_group" in table(front) and "stragglers" in front.trials
+    space = Space(opened(small), tuple(from_mapping({"name": [True, 1, 1.0, "1", [1]]})), {"top-k": 0})
+    places = [space.place({"name": i, "policy": "top-k"}) for i in range(5)]
+    assert len({place.key for place in places}) == 5
+    assert [space.params(place)["name"] for place in places] == [0, 1, 2, 3, 4]
+
+
+def test_usual_goals_are_those_that_every_policy_has(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def evaluate(data: dict[str, Any], run: str = "") -> Table:
+        names = [policy["name"] for policy in data["policies"]]
+        rows: Table = {metric.name: [math.nan] * len(names) for metric in METRICS}
+        rows |= {"policy": names, "replica": [0] * len(names), "step_time_s": [1.0] * len(names)}
+        return rows | {"kept_affinity": [math.nan if name == "top-k" else 0.5 for name in names]}
+
+    monkeypatch.setattr(work, "evaluate", evaluate)
+    front = sim.optimize(small, {"cluster.nodes": [2]}, replicas=1)
+    assert list(map(str, front.goals)) == ["minimize step_time_s"] and len(front.feasible) == 4
+    assert front.dropped == {"kept_affinity": ["top-k"]}
+    assert "kept_affinity is no goal, for top-k has none." in table(front).splitlines()
+    others = sim.optimize(small, {"cluster.nodes": [2]}, replicas=1, policies=POLICIES[1:])
+    assert [goal.metric.name for goal in others.goals] == ["step_time_s", "kept_affinity"] and not others.dropped
+    monkeypatch.setattr(work, "usual_goals", lambda *_: ([], {}))
+    with pytest.raises(ScenarioError, match="no goal: --minimize METRIC"):
+        sim.optimize(small, {"cluster.nodes": [2]})
+
+
+def test_searches_beyond_the_limits(
+    small: str, place: Path, pretend: Callable[[Figures], list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    made = pretend(_figures)
+    big = "--set=steps.count=1000000"
+    assert go(small, big, "--set=replicas=1") == 2 and not made
+    err = capsys.readouterr().err
+    assert "optimize: without goals the scenario runs once as it stands" in err and "lower steps.count" in err
+    assert go(small, big, "--trials=1", "--batch=1", "--force", "--out=-") == 0 and len(made) == 2
+    made.clear()
+    assert go(small, "--minimize=step_time_s") == 0
+    before = hashes(place / "results")
+    monkeypatch.setattr(work, "MAX_SECONDS", 1e-3)
+    made.clear()
+    for flags in ([], ["--overwrite"], ["--resume"]):
+        assert go(small, "--minimize=step_time_s", f"--name={'optimize' if flags else 'other'}", *flags) == 2
+        assert re.search(
+            r": 8 runs take about \S+ hours on 1 process, over .*: lower --trials", capsys.readouterr().err
+        )
+    assert not made and hashes(place / "results").items() >= before.items()
+    assert go(small, "--minimize=step_time_s", "--overwrite", "--force") == 0
+
+
+def test_what_a_search_takes_is_that_of_places_drawn(small: str) -> None:
+    def seconds(vary: dict[str, Any], trials: int) -> float:
+        asked = work.question(opened(small), from_mapping(vary), minimize=["step_time_s"], trials=trials)
+        return work._expected(asked).seconds
+
+    assert seconds({"cluster.nodes": "2:400"}, 200) == pytest.approx(2 * seconds({"cluster.nodes": "2:400"}, 100))
+    assert seconds({"steps.count": [1000]}, 100) > 20 * seconds({"steps.count": [1]}, 100)
+    assert seconds({"cluster.nodes": [2]}, 4) == seconds({"cluster.nodes": [2]}, 100), "there are no more"
+
+
 def test_bad_questions_are_refused_all_at_once(small: str, capsys: pytest.CaptureFixture[str]) -> None:
-    code = main([small, *FLAGS, "--minimize", "step_tme_s", "max_vio_batch", "--maximize", "max_vio_batch", "--policy", "topk", "--subject-to", "kept_affinity>0.9", "mfu<=x", "kept>=1"])  # fmt: skip
+    code = main([small, *FLAGS, "--minimize", "step_tme_s", "max_vio_batch", "--maximize", "max_vio_batch", "--policy", "topk", "--subject-to", "kept_affinity>0.9", "mfu<=x", "mfu>=0_97", "kept>=1"])  # fmt: skip
     assert code == 2 and capsys.readouterr().err.splitlines() == [
         "--minimize step_tme_s: unknown metric (did you mean step_time_s?)",
         "--maximize max_vio_batch: is a goal already",
         "--subject-to 'kept_affinity>0.9': must be written METRIC>=NUMBER or METRIC<=NUMBER",
         "--subject-to 'mfu<=x': needs a number after the sign [got 'x']",
+        "--subject-to 'mfu>=0_97': needs a number after the sign [got '0_97']",
         "--subject-to 'kept>=1': unknown metric (did you mean kept_affinity?)",
         "--policy topk: no such policy; there are top-k, top-k + bias, group-limited, group-limited + bias "
         "(did you mean top-k?)",
@@ -316,6 +459,114 @@ def test_a_killed_search_goes_on_to_the_same_bytes(
     assert hashes(folder) == whole[1]
 
 
+def test_a_second_search_on_the_same_folder_waits_for_nobody(
+    small: str, pretend: Callable[[Figures], list[dict[str, Any]]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretend(_figures)
+    Path("results/small").mkdir(parents=True)
+    with FileLock("results/small/.optimize.lock"):
+        assert go(small) == 2
+        assert "another search is writing here" in capsys.readouterr().err
+    assert go(small) == 0
+
+
+def test_a_part_is_of_its_run(whole: tuple[Front, dict[str, str]]) -> None:
+    front, _ = whole
+    assert front.folder is not None
+    trial = next(trial for trial in front.tried if trial.rows is not None)
+    schema = pq.read_schema(dataset.place(front.folder, trial.index)).remove_metadata()
+    assert disk.kept(front.folder, schema, trial) == trial.rows
+    assert disk.kept(front.folder, schema, dataclasses.replace(trial, run="0" * 12)) is None
+    assert disk.kept(front.folder, schema.remove(len(schema) - 1), trial) is None
+
+
+def test_a_trace_that_changes_ends_a_search(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While a run of it is on, or between batches; a run of an old trace is not taken for one of the new."""
+    trace = place / "a.csv"
+    trace.write_text("t_s,input_tokens,output_tokens\n0,64,4\n0.5,32,4\n")
+    old, extra = trace.read_text(), "1,64,8\n"
+    (place / "b.csv").write_text(old)
+    arguments = [str(ROOT / "scenarios" / "llama_8b.yaml"), "--set=serving.duration_s=1", "--set=serving.warmup_s=0"]
+    arguments += ["--set=serving.requests={kind: table, path: b.csv}", "--vary=serving.requests.path=a.csv,b.csv"]
+    arguments += ["--vary=seed=1,2", "--jobs=1", "--quiet", "--minimize=tpot_mean_s"]
+    real, calls = work.measured, list[Any]()
+
+    def changing(item: Any) -> Any:
+        calls.append(item)
+        if len(calls) == 2:
+            trace.write_text(old + extra)
+        found = real(item)
+        if len(calls) == 4:
+            trace.write_text(old)
+        return found
+
+    def forget(*moments: int) -> None:
+        calls[:] = [None] * moments[0]
+
+    monkeypatch.setattr(work, "measured", changing)
+    for batch in (1, 4):
+        trace.write_text(old)
+        forget(0)
+        assert main([*arguments, f"--batch={batch}", f"--name=b{batch}"]) == 2
+        printed = capsys.readouterr()
+        assert f"{trace}: has changed since" in printed.err and not printed.out
+    forget(10)
+    assert main([*arguments, "--batch=4", "--name=b4", "--resume"]) == 0
+    assert main([*arguments, "--batch=4", "--name=new"]) == 0
+    assert hashes(place / "results/llama_8b/b4") == hashes(place / "results/llama_8b/new")
+
+
+def test_what_cannot_start_removes_nothing(
+    small: str, place: Path, stops: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither does an interrupt at any moment of --overwrite leave a folder that no option takes."""
+    goals = ["--minimize", "step_time_s", "--jobs", "1"]
+    assert go(small, *goals) == 0
+    folder = place / "results" / "small" / "optimize"
+    before = hashes(folder)
+    assert go(small, *goals, "--overwrite", "--address=here") == 2
+    assert "--address is of --backend ray or dask" in capsys.readouterr().err and hashes(folder) == before
+    for step in ("replace", "rmtree", "mkdir", "put"):
+        owner: Any = {"replace": os, "rmtree": shutil, "mkdir": Path, "put": dataset}[step]
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, step, _interrupt)
+            if step == "mkdir":
+                patch.setattr(
+                    Path, "mkdir", lambda path, **options: _interrupt() if path == folder.relative_to(place) else None
+                )
+            assert go(small, *goals, "--overwrite") == 130
+        for flag in ("--resume", "--overwrite"):
+            assert go(small, *goals, flag) == 0 and hashes(folder) == before
+    assert [path.name for path in folder.parent.iterdir() if path.name != ".optimize.lock"] == ["optimize"]
+
+
+def _interrupt(*arguments: Any, **options: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+def test_finished_runs_are_never_dropped_and_what_is_of_no_trial_is(
+    small: str, place: Path, stops: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    goals = ["--minimize", "step_time_s", "--jobs", "1"]
+    assert go(small, *goals) == 0
+    folder = place / "results" / "small" / "optimize"
+    before = hashes(folder)
+    assert go(small, *goals, "--trials=2", "--resume") == 2
+    assert "has 8 runs, more than --trials 2" in capsys.readouterr().err and hashes(folder) == before
+    shutil.rmtree(folder / "runs" / "point=00003")
+    shutil.copytree(folder / "runs" / "point=00000", folder / "runs" / "point=00099")
+    (folder / "runs" / "point=x").mkdir()
+    assert go(small, *goals, "--resume") == 0
+    assert hashes(folder) == before and (folder / "runs" / "point=x").is_dir()
+    for text in ('{"runs": 3}', "[]", "{", '{"runs": [1], "traces": null}'):
+        (folder / "optimize.json").write_text(text)
+        assert go(small, *goals) == 2 and go(small, *goals, "--resume") == 2
+        assert "Traceback" not in capsys.readouterr().err
+    assert go(small, *goals, "--overwrite") == 0 and hashes(folder) == before
+
+
 @pytest.fixture
 def stops(pretend: Callable[[Figures], list[dict[str, Any]]]) -> Iterator[list[int]]:
     """Runs that are left before an interrupt; none if empty."""
@@ -390,5 +641,12 @@ def test_the_table_names_what_was_found_and_what_chance_cannot_tell(
         f"1 of 2 other feasible runs do not differ from it by more than chance (95 %, paired by replica): {alike}."
         in text
     )
+    for vio, said in (
+        (lambda nodes: -0.1 * nodes, "One run beats all others in every goal."),
+        (lambda nodes: 0.5, "No other run is better in any goal."),
+    ):
+        pretend(lambda data, vio=vio: figures(data) | {"max_vio_batch": [vio(data["cluster"]["nodes"])] * 3})
+        assert said in table(sim.optimize(small, vary, minimize=["step_time_s", "max_vio_batch"], **options))
+    pretend(figures)
     single = sim.optimize(small, vary, minimize=["step_time_s"], policies=["top-k"], replicas=1)
     assert "One replica cannot tell" in table(single)

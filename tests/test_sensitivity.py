@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,15 +17,17 @@ from hypothesis import strategies as st
 import sim
 from sim.estimate import estimate
 from sim.loading import load
-from sim.results import per_replica
+from sim.results import metrics_of, per_replica
 from sim.scenario import Scenario
 from sim.sensitive import Sensitivity, ask
+from sim.sensitive.answer import Together
+from sim.sensitive.ask import _competing, _screen, _together
 from sim.sensitive.constants import Constant, applied, assumptions
 from sim.sensitive.evaluate import Evaluator
 from sim.sensitive.indices import design, independent, indices
-from sim.sensitive.oneway import break_evens, ends, reach
-from sim.sensitive.report import text
-from sim.sensitive.standings import standing, winners
+from sim.sensitive.oneway import BreakEven, Row, break_evens, ends, reach
+from sim.sensitive.report import text, write
+from sim.sensitive.standings import NOBODY, Standing, standing, winners
 from sim.sensitive.vary import parse
 from sim.sensitivity import main
 from sim.study import route, timed, timed_rows
@@ -120,6 +124,97 @@ def test_standings() -> None:
     assert winners(values[None], -1.0).tolist() == [0]
 
 
+def searched(one: Constant, values: Any, sought: tuple[float, float] = (0.25, 4.0)) -> Row:
+    """The row of one constant on a function of its factor that returns what each policy costs."""
+
+    def ask_(points: Sequence[tuple[int, float]]) -> F64:
+        return np.array([[[cost] for cost in values(x)] for _, x in points])
+
+    stated = ask_([(0, 1.0)])[0]
+    rows = ends([one], ask_, stated, 1.0)
+    return break_evens(rows, ask_, standing(stated, 1.0).winner, 1.0, reach(rows, lambda _: sought))[0]
+
+
+def test_a_range_that_begins_at_zero() -> None:
+    row = searched(constant(0.0, 2.0), lambda x: (2 - x, 1.6))
+    assert row.below is not None and row.below.factor == pytest.approx(0.4, rel=0.003) and row.within == row.below
+    row = searched(constant(0.0, 2.0), lambda x: (1.0 if x else 3.0, 2.0))
+    assert row.below == BreakEven(0.0, 1) and row.nearest == row.below and row.changes(0)
+    row = searched(constant(-1.0, 1.5), lambda x: (1.0 if x > 0 else 3.0, 2.0))
+    assert row.below == BreakEven(-1.0, 1)
+
+
+def test_the_nearest_change_is_found_first() -> None:
+    """Another wins between 0.7 and 0.9 only, and the first one again further off."""
+    row = searched(constant(), lambda x: (2.0 if 0.7 < x < 0.9 else 1.0, 1.5))
+    assert row.below is not None and row.below.factor == pytest.approx(0.9, rel=0.003)
+
+
+def test_counts_change_at_whole_numbers() -> None:
+    count = Constant("n", ("cost.n",), (8,), 0.5, 2.0)
+    row = searched(count, lambda x: (max(1.0, round(8 * x) / 8), 1.3))
+    assert row.above == BreakEven(11 / 8, 1) and row.below is None
+    assert searched(Constant("n", ("steps.count",), (8,), 0.5, 2.0), lambda x: (1.0, 2.0)).sought == (0.5, 2.0)
+
+
+def test_policies_without_the_metric_lose_and_that_is_said(tmp_path: Path, scenario: Scenario) -> None:
+    nan = math.nan
+    values = np.array([[nan, 1.0], [2.0, 3.0]])
+    one = standing(values, 1.0)
+    assert (one.winner, one.runner_up, one.margin, one.ahead) == (1, 0, math.inf, math.inf)
+    assert standing(values, -1.0).winner == 1 and standing(np.full((2, 2), nan), 1.0).winner == NOBODY
+    assert winners(np.array([values, np.full((2, 2), nan)]), -1.0).tolist() == [1, NOBODY]
+
+    dead = searched(constant(), lambda x: (nan if x > 1.1 else 1.0, 2.0))
+    assert dead.effect == math.inf and dead.killed == ((), (0,)) and dead.changes(0)
+    assert dead.above is not None and dead.above.factor == pytest.approx(1.1, rel=0.003)
+    all_dead = searched(constant(), lambda x: (nan, nan) if x > 1.1 else (1.0, 2.0), (1.0, 1.0))
+    assert all_dead.effect == math.inf and not all_dead.changes(0) and all_dead.above is None
+
+    def values_of(_: object, points: Sequence[tuple[float, ...]], label: str) -> F64:
+        return np.array([[[nan if x > 1.1 else 1.0], [nan if x > 1.15 else 2.0]] for (x,) in points])
+
+    together = _together([dead], values_of, 0, 1, 1.0, 8, 0, ["a", "b"])
+    assert together.indices is None and 0 < together.without < 24 and sum(together.wins) < together.samples == 16
+    found = told(scenario, [dead, all_dead], together)
+    shown = " ".join(text(found).split())
+    assert "kills step_time_s: x at its high end, of a; x at its high end, of a, b" in shown
+    assert f"no Sobol indices: at {together.without} of 24 points a and b do not both have a step_time_s" in shown
+    assert "no policy has a step_time_s" in found.conclusion and "b alone" in shown and found.indices.empty
+    write(found, tmp_path / "out", {})
+    table = pd.read_csv(tmp_path / "out" / "one_at_a_time.csv")
+    assert table.high_kills.tolist() == ["a", "a, b"] and not (tmp_path / "out" / "indices.csv").exists()
+
+
+def told(scenario: Scenario, rows: Sequence[Row], together: Together | None = None) -> Sensitivity:
+    metric = next(one for one in metrics_of(scenario) if one.name == "step_time_s")
+    start = standing(np.array([[1.0], [2.0]]), 1.0)
+    return Sensitivity(scenario, metric, ("a", "b"), (), start, tuple(rows), (), together, 1)
+
+
+def test_the_conclusion_cites_break_evens_of_the_range_and_where_it_was_sought(scenario: Scenario) -> None:
+    first, other = (Standing(i, 1 - i, 1.0, 0.0, 1.0, 0.0) for i in (0, 1))
+    row = Row(constant(0.5, 1.05), other, first, 0.1, BreakEven(0.6, 1), BreakEven(1.1, 1), (0.25, 4.0))
+    assert told(scenario, [row]).conclusion == "Alone within its range, x (from x0.6: b) overturns a."
+    zero = Constant("zero", ("traffic.y",), (0.0,), 0.0, 0.3, absolute=True)
+    quiet = Row(zero, first, first, 0.1, None, None, (0.0, 0.3))
+    assert told(scenario, [quiet]).conclusion == "No constant alone overturns a within its range."
+    cut = Row(constant(), first, first, 0.1, None, None, (0.5, 1.2))
+    assert told(scenario, [quiet, cut]).conclusion == (
+        "No constant alone overturns a within its range, nor where it was sought beyond (1 of 2) up to a factor of 2."
+    )
+
+
+def test_screening_drops_the_kernels_that_nothing_calls_and_no_others() -> None:
+    used, unused = (f"cluster.device.kernels.{name}.overhead_s" for name in ("elementwise", "gate"))
+    three = [Constant(key, (key,), (1.0,), 0.8, 1.2) for key in (used, unused, NIC)]
+
+    def values(chosen: Sequence[Constant], points: Sequence[tuple[float, ...]], label: str) -> F64:
+        return np.array([[[point[0]], [2.0]] for point in points])
+
+    assert _screen(three, values, np.array([[1.0], [2.0]])) == [three[0], three[2]]
+
+
 # Constants of scenarios -------------------------------------------------------------------------------------------
 
 
@@ -170,6 +265,11 @@ def test_assumptions_of_losses_dynamics_and_own_clusters() -> None:
         (["cost.communication.dispatch_contention=0.5:2"], "the scenario refuses.*must be >= 1"),
         (["traffic.prefix_length"], "is 0.*KEY=low:high"),
         (["policies.7.rebalance.threshold"], "list of 2"),
+        (
+            ["cluster.devices_per_node=4:8"],
+            "the scenario refuses cluster.devices_per_node=5",
+        ),  # not only the ends have to run
+        (["traffic.logit_mean=-3:-5"], "low must be below high"),
     ],
 )
 def test_vary_refuses_with_the_reason(scenario: Scenario, texts: list[str], message: str) -> None:
@@ -187,6 +287,45 @@ def test_vary_reads_ranges_and_keys_that_stand_for_several(scenario: Scenario) -
     assert four.absolute and four.stated == 0 and four.at(0.3) == (0.3,)
 
 
+def test_ranges_of_negative_numbers_and_whole_ones(scenario: Scenario) -> None:
+    below = load(TINY, [*SMALL, TWO, "traffic.logit_mean=-4"])
+    (one,) = parse(below, ["traffic.logit_mean=-5:-3"])
+    assert (one.low, one.high) == (0.75, 1.25) and one.at(one.low) == (-3.0,) and one.at(one.high) == (-5.0,)
+    nodes, depth = parse(scenario, ["cluster.nodes=2:4", "seed=0:3"])
+    assert nodes.reroutes and nodes.at(1.3) == (3,) and depth.absolute and depth.at(1.7) == (2,)
+    assert isinstance(nodes.at(1.3)[0], int) and not parse(scenario, ["cluster.inter_node.latency_s"])[0].reroutes
+
+
+def test_labels_of_units_tell_them_apart() -> None:
+    units = (
+        "serving={duration_s: 1, requests: {kind: poisson, rate_per_s: 60, input_tokens: 300, output_tokens: 20}, units: ["
+        "{name: p, role: prefill, parallel: {ep_size: 2}, kv_cache_tokens: 4096, host_overhead_s: 1 ms}, "
+        "{name: d, role: decode, parallel: {ep_size: 4}, kv_cache_tokens: 8192, host_overhead_s: 1 ms}]}"
+    )
+    served = load(TINY, ["schedule={phase: forward}", units, "policies=[{name: a}]"])
+    labels = [one.label for one in assumptions(served)]
+    assert "scheduler's own time" in labels and len(labels) == len(set(labels))  # one assumption, of both
+    asked = parse(served, [f"serving.units.{unit}.host_overhead_s" for unit in "01*"])
+    assert [one.label for one in asked] == [
+        "p: scheduler's own time",
+        "d: scheduler's own time",
+        "scheduler's own time",
+    ]
+    peaks = [f"cluster.device.peak_flops_per_s.{dtype}" for dtype in ("fp8", "bf16")]
+    assert [one.label for one in parse(served, peaks)] == peaks
+
+
+def test_who_competes_and_for_what() -> None:
+    floors = "policies=[{name: a}, {name: hash, select: hash}, {name: random, select: random}, {name: even, select: balanced}]"
+    assert _competing(load(TINY, [*SMALL, floors, "traffic.vocabulary={size: 4096}"])) == ([0, 1], [2, 3])
+    unlike = "policies=[{name: wide}, {name: narrow, parallel: {ep_size: 4}}]"
+    found = ask(TINY, overrides=[*SMALL, unlike], vary=[NIC], samples=0)
+    assert found.metric.name == "tokens_per_s_per_gpu"
+    rates = sim.run(TINY, overrides=[*SMALL, unlike]).summary()
+    rates = rates[rates.metric == "tokens_per_s_per_gpu"].set_index("policy")["mean"]
+    assert found.policies[found.stated.winner] == rates.idxmax() and found.stated.margin > 0
+
+
 # Evaluation -------------------------------------------------------------------------------------------------------
 
 
@@ -201,7 +340,7 @@ def test_points_are_what_runs_of_their_own_say(scenario: Scenario) -> None:
         (1.0, 1.0, 1.0, 3.0, 1.0),
         (1.0, 1.0, 1.0, 1.0, 0.5),
     ]
-    with Evaluator(scenario, "step_time_s", 1, False) as evaluator:
+    with Evaluator(scenario, ("step_time_s",), 1, False) as evaluator:
         assert evaluator.rows_only
         found = evaluator.values([*constants, launch], points, "")
         assert np.array_equal(found, evaluator.values([*constants, launch], points[::-1], "")[::-1])
@@ -220,6 +359,29 @@ def test_points_are_what_runs_of_their_own_say(scenario: Scenario) -> None:
         assert values[:, 0].tolist() == rows["step_time_s"]
 
 
+def test_points_that_route_anew_do_not_mix(scenario: Scenario) -> None:
+    """Two constants of the traffic at one factor, each by itself, and a size of the cluster: three routings of their own."""
+    constants = parse(scenario, ["traffic.popularity_sd", "traffic.iid_variance", "cluster.nodes=2:4"])
+    points = [(1.2, 1.0, 1.0), (1.0, 1.2, 1.0), (1.0, 1.0, 2.0)]
+    with Evaluator(scenario, ("step_time_s",), 1, False) as evaluator:
+        found = evaluator.values(constants, points, "")
+    changes = ({"traffic.popularity_sd": 1.2 * 0.12}, {"traffic.iid_variance": 1.2 * 0.1}, {"cluster.nodes": 4})
+    for change, values in zip(changes, found, strict=True):
+        rows = per_replica(sim.run(scenario, overrides=change).tables, scenario)
+        assert values[:, 0].tolist() == rows["step_time_s"]
+    assert found[0].tolist() != found[1].tolist()
+
+
+def test_points_that_do_not_fit_together_are_refused(scenario: Scenario) -> None:
+    nodes, split = (
+        Constant("n", ("cluster.nodes",), (2,), 0.5, 1.0),
+        Constant("e", ("parallel.ep_size",), (8,), 0.5, 1.0),
+    )
+    message = r"with cluster.nodes=1: parallel.*8 ranks need as many devices"
+    with Evaluator(scenario, ("step_time_s",), 1, False) as evaluator, pytest.raises(ScenarioError, match=message):
+        evaluator.values([nodes, split], [(0.5, 1.0)], "")
+
+
 def test_quick_rows_are_those_of_the_whole_timing(scenario: Scenario) -> None:
     routed = route(scenario, 1, estimate(scenario))
     quick, whole = timed_rows(routed, scenario), per_replica(timed(routed, scenario).tables, scenario)
@@ -235,7 +397,7 @@ def test_quick_rows_are_those_of_the_whole_timing(scenario: Scenario) -> None:
 
 @pytest.fixture(scope="module")
 def rivals() -> Sensitivity:
-    vary = [f"{NIC}=25e9:1e11", "cluster.device.price_per_hour=±20%", "cluster.intra_node.latency_s=±5%"]
+    vary = ["cluster.intra_node.latency_s=±5%", "cluster.device.price_per_hour=±20%", f"{NIC}=25e9:1e11"]
     return ask(TINY, overrides=RIVALS, vary=vary, samples=8)
 
 
@@ -252,6 +414,10 @@ def test_the_nic_decides_and_where(rivals: Sensitivity) -> None:
 def test_what_cannot_matter_has_no_part(rivals: Sensitivity) -> None:
     assert [row.constant.label for row in rivals.without_effect] == ["price of a device hour"]
     assert set(rivals.indices.constant) == {"NIC bandwidth", "NVLink latency"}
+    assert [row.constant.label for row in rivals.rows] == [
+        "NIC bandwidth",
+        "NVLink latency",
+    ]  # the largest effect first
     table = rivals.indices.set_index("constant")
     assert table.total["NIC bandwidth"] > 0.8 > 0.1 > table.total["NVLink latency"]
 

@@ -24,6 +24,7 @@ from sim.statistics import (
     autocorrelation_time,
     batch_means,
     half_width,
+    intervals,
     paired,
     steady,
     variance,
@@ -109,6 +110,29 @@ def test_batch_means_cover_where_they_do_not_refuse(a: float) -> None:
             continue
         hits.append(abs(found.mean) <= found.half_width)
     assert len(hits) > 170 and 0.91 <= np.mean(hits) <= 0.995
+
+
+def test_autocorrelation_time_is_corrected_for_the_series_own_mean() -> None:
+    """Over twenty times only, where every rho is too small: without the correction it comes out at 0.7."""
+    rng = np.random.Generator(np.random.Philox(11))
+    found = [autocorrelation_time(autoregression(0.9, 380, rng)) for _ in range(400)]
+    assert np.mean(found) == pytest.approx(19, rel=0.12)
+
+
+def test_batch_means_count_the_larger_of_two_errors() -> None:
+    """Batches of whole periods agree to the last bit; the samples do not."""
+    found = batch_means(np.tile([1.0, -1.0], 1500))
+    assert found.half_width == pytest.approx(intervals.t_quantile(29) / math.sqrt(2999), rel=1e-12)
+
+
+def test_batches_last_five_autocorrelation_times() -> None:
+    x = autoregression(0.9, 1500, np.random.Generator(np.random.Philox(12)))
+    tau = autocorrelation_time(x)
+    batches = int(1500 / (5 * tau))
+    assert 10 < batches < 20
+    means = x[1500 % batches :].reshape(batches, -1).mean(axis=1)
+    error = math.sqrt(max(variance(means) / batches, variance(x) * tau / 1500))
+    assert batch_means(x).half_width == pytest.approx(intervals.t_quantile(batches - 1) * error, rel=1e-12)
 
 
 def test_short_series_are_refused_with_the_number() -> None:
@@ -236,3 +260,16 @@ def test_steady_of_requests_leaves_the_warm_up_out() -> None:
     found = result_of(scenario, {"requests": requests}).steady("ttft_mean_s")
     assert isinstance(found, pd.DataFrame) and found.unit.tolist() == ["requests"] * len(names)
     assert found["mean"][0] == pytest.approx(0.2, abs=0.01) and 0 < found.half_width[0] < 0.002
+
+
+def test_steady_of_the_timeline_leaves_the_warm_up_and_the_rest_out() -> None:
+    """Samples lie in [warmup_s, duration_s): what came before, and what drained afterwards, do not count."""
+    scenario = load(SCENARIOS / "llama_8b.yaml", ["replicas=1", "serving.warmup_s=3"])
+    assert scenario.serving is not None and scenario.serving.duration_s == 30
+    rng = np.random.Generator(np.random.Philox(10))
+    time_s = np.arange(110) * 0.3
+    queue = np.where((time_s < 3) | (time_s >= 30), 1000.0, 5 + 0.1 * rng.standard_normal(110))
+    table = columns([policy.name for policy in scenario.policies], {"time_s": [time_s], "queue": [queue]})
+    table["time_s"] = time_s.tolist() * 2  # columns sets the second replica apart by its values
+    found = result_of(scenario, {"timeline": table}).steady("queue_mean")
+    assert found["mean"][0] == pytest.approx(5, abs=0.05) and found.samples[0] + found.warm_up[0] == 90

@@ -96,6 +96,61 @@ def test_a_run_without_times_or_experts_is_written_too(tmp_path: Path) -> None:
         assert load(folder / "scenario.yaml") == scenario
 
 
+def test_a_file_is_replaced_whole(result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the new bytes are all on the disk the old ones are there, and a failure leaves no stray."""
+    target = tmp_path / "page[1].html"
+    target.write_bytes(b"old")
+    for function, error in (("fsync", FULL), ("replace", CTRL_C)):
+        with monkeypatch.context() as patch:
+            seen: list[bytes] = []
+
+            def fails(*arguments: Any, error: BaseException = error, seen: list[bytes] = seen) -> None:
+                seen.append(target.read_bytes())
+                raise error
+
+            patch.setattr(os, function, fails)
+            with pytest.raises(type(error)):
+                store.replace(target, b"new")
+        assert seen == [b"old"] and bytes_of(tmp_path) == {target.name: b"old"}
+    (tmp_path / f".{target.name}.999999999.01234567").write_bytes(b"of a killed process")
+    (tmp_path / f".{target.name}.{os.getppid()}.01234567").write_bytes(b"of a living one")
+    store.replace(target, b"new")
+    assert set(bytes_of(tmp_path)) == {target.name, f".{target.name}.{os.getppid()}.01234567"}
+    assert target.read_bytes() == b"new"
+    for odd in (Path("/dev/null"), tmp_path):
+        with pytest.raises(FileExistsError, match="no regular file"):
+            store.replace(odd, b"new")
+
+
+@pytest.mark.parametrize("at", range(1, 4))
+def test_a_manifest_never_lists_what_a_file_is_not(
+    result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """Killed anywhere while a page is replaced: the run reads, and every hash in its manifest is the file's."""
+    folder = write(result, tmp_path)
+    store.add(folder, {"report.html": b"old"})
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", Fault(os.replace, at, CTRL_C))
+        with pytest.raises(KeyboardInterrupt):
+            store.add(folder, {"report.html": b"new"})
+    for name, digest in store.manifest_of(folder)["sha256"].items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
+    assert store.read(folder).tables.keys() == result.tables.keys()
+    store.add(folder, {"report.html": b"new"})
+    assert store.manifest_of(folder)["sha256"]["report.html"] == hashlib.sha256(b"new").hexdigest()
+
+
+def test_what_nobody_else_may_read_stays_so(result: Result, tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        folder = write(result, tmp_path)
+        store.add(folder, {"report.html": b"mine"})
+    finally:
+        os.umask(before)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o600}
+
+
 def test_everybody_may_read_what_the_umask_allows(result: Result, tmp_path: Path) -> None:
     folder = write(result, tmp_path)
     assert folder.stat().st_mode & 0o777 == 0o755, "not the 0700 of a temporary folder"
@@ -132,7 +187,9 @@ def test_an_older_folder_is_replaced_whole(result: Result, tmp_path: Path) -> No
 
 PLAIN = st.one_of(
     st.text(min_size=1, max_size=12),
-    st.sampled_from(["null", "~", "yes", "1", "1e3", "- a", "a: b", "#c", " x ", "'", '"', "µs ±", "&a", "*a", "!t", "=", "\\"]),
+    st.sampled_from(
+        ["null", "~", "yes", "1", "1e3", "- a", "a: b", "#c", " x ", "'", '"', "µs ±", "&a", "*a", "!t", "=", "\\"]
+    ),
 )
 CHANGES = st.fixed_dictionaries(
     {},
@@ -171,7 +228,9 @@ CHANGES = st.fixed_dictionaries(
 
 
 @given(CHANGES)
-def test_the_resolved_scenario_says_everything(tmp_path_factory: pytest.TempPathFactory, changes: dict[str, Any]) -> None:
+def test_the_resolved_scenario_says_everything(
+    tmp_path_factory: pytest.TempPathFactory, changes: dict[str, Any]
+) -> None:
     base = json.loads(json.dumps(resolved_data(load(TINY))))
     try:
         scenario = load(base | changes)

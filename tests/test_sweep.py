@@ -17,18 +17,21 @@ import numpy as np
 import pytest
 
 import sim
+import sim.study
 import sim.sweep
 from sim import backends
 from sim.backends import TRIES, Lost
 from sim.loading import load
-from sim.report.sweeps import table
+from sim.report import sweeps as report_of_sweeps
+from sim.report.sweeps import plain, table
 from sim.results import compared, metrics_of, per_replica
 from sim.scenario import Scenario
 from sim.store import resolved_data, run_id
 from sim.study import run
 from sim.sweep import main
-from sim.sweeping import Sweep, evaluate, read
+from sim.sweeping import Sweep, dataset, evaluate, read
 from sim.sweeping import work as work_of_sweeps
+from sim.sweeping.evaluate import attempt
 from sim.yamlfile import ScenarioError, dump
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -338,6 +341,16 @@ def test_another_sweep_is_not_resumed(
 
 
 @pytest.mark.usefixtures("quick")
+def test_values_of_another_type_are_another_sweep(small: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [small, "--set=stragglers=[{device: 0, slowdown: 2}]", "--quiet", "--vary"]
+    assert main([*arguments, "stragglers.0.slowdown=1,2"]) == 0
+    before = hashes(Path("results/small/sweep"))
+    assert main([*arguments, "stragglers.0.slowdown=1.0,2.0", "--resume"]) == 2
+    assert "  axes.stragglers.0.slowdown.values: [1, 2] -> [1.0, 2.0]" in capsys.readouterr().err.splitlines()
+    assert hashes(Path("results/small/sweep")) == before
+
+
+@pytest.mark.usefixtures("quick")
 def test_versions_are_part_of_a_sweep(small: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     assert go(small) == 0
     monkeypatch.setattr(sim, "__version__", "9.9.9")
@@ -372,6 +385,40 @@ def test_of_a_recorded_trace_the_content_counts(place: Path, capsys: pytest.Capt
     (place / "a.csv").write_text(trace.replace("64,8", "64,9"))
     assert main(own) == 2
     assert "  traces.serving.requests.path: " in capsys.readouterr().err
+
+
+def test_a_trace_that_changes_while_a_sweep_runs(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before a run and during it: its rows would be of another trace than those of the points before."""
+    trace = place / "a.csv"
+    trace.write_text("t_s,input_tokens,output_tokens\n0,64,4\n0.5,32,4\n")
+    arguments = [str(ROOT / "scenarios" / "llama_8b.yaml"), "--set=serving.duration_s=1", "--set=serving.warmup_s=0"]
+    arguments += ["--set=serving.requests={kind: table, path: a.csv}", "--vary=seed=1,2", "--jobs=1", "--quiet"]
+    real, calls = attempt, []
+
+    def changing(item: Any) -> Any:
+        calls.append(item)
+        if len(calls) == 2:
+            trace.write_text(trace.read_text() + "1,64,8\n")
+        return real(item)
+
+    monkeypatch.setattr(work_of_sweeps, "attempt", changing)
+    assert main(arguments) == 2
+    assert f"point 1 (seed = 2): {trace}: has changed since this began" in capsys.readouterr().err
+    assert read("results/llama_8b/sweep").missing == (1,)
+    _, data, run_then = calls[1]
+    assert len(evaluate(data)["policy"]) == 1, "as a run of its own it is one of the new trace"
+    simulate, now = sim.study.simulate, run_id(load(data))
+    assert now != run_then and len(evaluate(data, now)["policy"]) == 1
+
+    def slow(*arguments: Any) -> Any:
+        trace.write_text(trace.read_text() + "1.5,64,8\n")
+        return simulate(*arguments)
+
+    monkeypatch.setattr(sim.study, "simulate", slow)
+    with pytest.raises(OSError, match=r"a\.csv: has changed since this began"):
+        evaluate(data, now)
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
@@ -462,6 +509,71 @@ def test_damaged_parts_run_again(small: str, whole: Sweep) -> None:
     assert hashes(folder) == hashes(whole.folder)
 
 
+@pytest.mark.usefixtures("quick")
+def test_parts_with_damaged_pages_run_again(small: str, whole: Sweep) -> None:
+    """The end of the file, where its rows are counted and its columns described, is whole."""
+    assert whole.folder is not None
+    folder = Path("results/small/sweep")
+    shutil.copytree(whole.folder, folder)
+    part = folder / "runs" / "point=00002" / "part.parquet"
+    content = bytearray(part.read_bytes())
+    end = int.from_bytes(content[-8:-4], "little") + 8
+    content[(len(content) - end) // 2] ^= 0xFF
+    part.write_bytes(content)
+    with pytest.raises(ValueError, match=r"point=00002/part.parquet: damaged"):
+        read(folder)
+    assert go(small, "--resume") == 0
+    assert hashes(folder) == hashes(whole.folder)
+
+
+def test_a_part_of_other_rows_or_columns_is_not_done(whole: Sweep, place: Path) -> None:
+    assert whole.folder is not None
+    part = dataset.read_part(whole.folder, 1)
+    for table_of, done in ((part, True), (part.slice(1), False), (part.drop_columns(["replica"]), False)):
+        place.mkdir(exist_ok=True)
+        dataset.write(place, 1, table_of)
+        assert dataset.done(place, 1, part.schema, len(part)) == done
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("change", ["[]", '{"runs": 3}', "scenario", "axes", "metrics", "policies", "values", "model"])
+def test_damaged_definitions(change: str, small: str, whole: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
+    assert whole.folder is not None
+    shutil.copytree(whole.folder, "results/small/sweep")
+    file = Path("results/small/sweep/sweep.json")
+    data = json.loads(file.read_text())
+    if change == "values":
+        del data["runs"][1]["values"]
+    elif change == "model":
+        data["scenario"]["model"]["hidden_size"] = "wide"
+    else:
+        data.pop(change, None)
+    file.write_text(change if change[0] in "[{" else json.dumps(data))
+    with pytest.raises(ValueError, match=r"sweep.json: (is no sweep|damaged: )") as caught:
+        read("results/small/sweep")
+    assert "\n" not in str(caught.value)
+    for flags in ([], ["--resume"]):
+        assert go(small, *flags) == 2
+        assert "Traceback" not in capsys.readouterr().err
+    assert go(small, "--overwrite") == 0
+    assert hashes(Path("results/small/sweep")) == hashes(whole.folder)
+
+
+@pytest.mark.usefixtures("quick")
+def test_why_a_point_is_skipped_does_not_depend_on_lines(small: str, place: Path) -> None:
+    (place / "s.yaml").write_text(Path(small).read_text())
+    assert main(["s.yaml", "--vary=cluster.nodes=1,2", "--skip-invalid", "--quiet"]) == 0
+    reason = read("results/small/sweep").skipped[0]
+    assert reason == "parallel.ep_size: 4 ranks need as many devices; the cluster has 1 nodes x 2 = 2 [got 4]"
+    before = hashes(Path("results/small/sweep"))
+    (place / "s.yaml").write_text("# a comment\n" + Path(small).read_text())
+    (place / "sub").mkdir()
+    os.chdir("sub")
+    arguments = ["../s.yaml", "--vary=cluster.nodes=1,2", "--skip-invalid", "--quiet", "--out=../results"]
+    assert main([*arguments, "--resume"]) == 0 and main([*arguments, "--name=again"]) == 0
+    assert hashes(place / "results/small/sweep") == before == hashes(place / "results/small/again")
+
+
 def until(condition: Callable[[], Any]) -> None:
     end = time.monotonic() + 60
     while not condition():
@@ -533,9 +645,12 @@ def dies_once(item: tuple[str, int]) -> int:
     return number
 
 
-def dies(item: int) -> int:
+def dies(marker: str) -> str:
+    """Leave a mark and kill the process, every time."""
+    with open(marker, "a") as file:
+        file.write("x")
     os.kill(os.getpid(), signal.SIGKILL)
-    return item
+    return marker
 
 
 def fails(item: int) -> int:
@@ -548,7 +663,8 @@ def test_local_processes_replace_one_that_is_killed(place: Path) -> None:
         items = [(str(place / "marker"), number) for number in range(4)]
         assert sorted(engine.run(dies_once, items)) == [(i, i) for i in range(4)]
         with pytest.raises(Lost) as caught:
-            list(engine.run(dies, [0]))
+            list(engine.run(dies, [str(place / "deaths")]))
+        assert len((place / "deaths").read_text()) == TRIES
         assert caught.value.index == 0 and str(TRIES) in str(caught.value)
         with pytest.raises(ValueError, match="no 7"):
             list(engine.run(fails, [7]))
@@ -583,6 +699,27 @@ def test_tables_of_few_points_show_policies_and_of_many_the_best(whole: Sweep) -
     assert beside.count("*") == 4 + 1 and "step ms of every policy" in beside
     few = table(whole, rows=2)
     assert "The 2 points of 4 with the best step ms" in few and few.count(" *") >= 2
+
+
+def test_where_more_is_better_the_best_points_have_most(whole: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report_of_sweeps, "LEADING", {"kept_affinity": "kept affinity"})
+    text = table(whole, rows=8)
+    assert len(re.findall(r"1\.0000 \*", text)) == 4, "top-k keeps all of it"
+    kept = whole.summary(["kept_affinity"]).set_index(["point", "policy"])["mean"]
+    assert (kept.unstack()["top-k"] == 1).all() and kept.min() < 1
+
+
+def test_of_points_of_one_replica_no_interval_is_claimed(small: str, whole: Sweep) -> None:
+    assert "± 95 % over 2 replicas." in table(whole)
+    text = table(sim.sweep(small, {"replicas": [1, 2]}))
+    assert "Means, ± 95 % over the point's replicas (1 to 2; points of one replica have no ±)." in text
+    assert "95 %" not in table(sim.sweep(small, {"seed": [1]}, replicas=1))
+
+
+def test_neighbours_are_told_apart() -> None:
+    assert [plain(value) for value in (1048576, 1048577.0, 1e18, 0.1 + 0.2, True, None)] == [
+        "1048576", "1048577", "1e+18", "0.3", "true", "null",
+    ]  # fmt: skip
 
 
 # --- keys that stand for several, in any run ---

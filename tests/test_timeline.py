@@ -256,6 +256,16 @@ def test_tokens_and_bytes_are_those_of_the_exchange(step: Result) -> None:
     for index, policy in enumerate(scenario.policies):
         exchanges = [e for layer in counts[0, index] for e in layer.exchanges[1]]
         copies = [e.sent(scenario.cost.mode) for e in exchanges]
+        here = sum(copies)  # source x destination; what goes back is sent by the destination
+        assert isinstance(here, np.ndarray) and (here.sum(axis=0) != here.sum(axis=1)).any()
+        recorded = step.recorded[index]
+        assert isinstance(recorded, RecordedStep)
+        for phase, sent in (("dispatch", here), ("combine", here.T)):
+            ops = [i for i, label in enumerate(recorded.labels) if label.phase == phase and not label.backward]
+            assert recorded.tokens[ops].sum(axis=0).tolist() == sent.sum(axis=1).tolist()
+            away = (sent - np.diag(sent.diagonal())).sum(axis=1)
+            per_copy = recorded.sent_bytes[ops].sum() // away.sum()
+            assert recorded.sent_bytes[ops].sum(axis=0).tolist() == (per_copy * away).tolist()
         for phase, dtype in (("dispatch", scenario.cost.dispatch_dtype), ("combine", scenario.cost.combine_dtype)):
             for name in (phase, f"{phase} backward"):
                 args = [

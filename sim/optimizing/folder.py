@@ -6,8 +6,9 @@ The same search has the same bytes, broken off or not: no times, no hosts, and e
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,10 +28,11 @@ DEFINITION = "optimize.json"
 
 
 @contextmanager
-def opened(folder: Path, new: dict[str, Any], *, resume: bool, overwrite: bool) -> Iterator[None]:
-    """Hold the folder of the search that ``new`` defines. Raises Refused or OSError, and leaves all as it was.
+def opened(folder: Path, new: dict[str, Any], *, resume: bool, overwrite: bool) -> Iterator[Callable[[], None]]:
+    """Hold the folder of the search that ``new`` defines, and give a function that makes it ready: until then it is as it
+    was. Raises Refused or OSError.
 
-    The number of trials may differ from before: more of them go on where fewer ended.
+    The number of trials may differ from before: more of them go on where fewer ended; fewer than have run are refused.
     """
 
     def fill(path: Path) -> None:
@@ -38,22 +40,25 @@ def opened(folder: Path, new: dict[str, Any], *, resume: bool, overwrite: bool) 
 
     with held(folder, "search"):
         if (folder / DEFINITION).exists():
-            if overwrite:
-                remove(folder)
-            elif resume:
+            if resume:
                 _compare(folder, new)
-            else:
+            elif not overwrite:
                 raise Refused(
                     f"{folder}: holds a search already: --resume goes on with it, --overwrite starts again, --name gives "
                     "this one another folder"
                 )
         elif refusal := foreign(folder, "search"):
             raise refusal
-        folder.mkdir(exist_ok=True)
-        for stray in folder.glob(f"{dataset.STRAY}*"):
-            stray.unlink()
-        dataset.put(folder, folder / DEFINITION, fill)
-        yield
+
+        def begin() -> None:
+            if overwrite and folder.exists():
+                remove(folder)
+            folder.mkdir(exist_ok=True)
+            for stray in folder.glob(f"{dataset.STRAY}*"):
+                stray.unlink()
+            dataset.put(folder, folder / DEFINITION, fill)
+
+        yield begin
 
 
 def _compare(folder: Path, new: dict[str, Any]) -> None:
@@ -65,6 +70,18 @@ def _compare(folder: Path, new: dict[str, Any]) -> None:
         raise Refused(f"{path}: damaged ({error}): --overwrite starts again") from None
     if found:
         raise changed(folder, "search", found)
+    there = len(_parts(folder))
+    if there > new["trials"]:
+        raise Refused(
+            f"{folder}: has {there} runs, more than --trials {new['trials']}: going on with it would delete some; ask for at "
+            f"least {there}, or --overwrite starts again"
+        )
+
+
+def _parts(folder: Path) -> dict[int, Path]:
+    """Folders of parts by the number of their trial; others are none of ours."""
+    found = {path: re.fullmatch(r"point=(\d+)", path.name) for path in folder.glob("runs/point=*") if path.is_dir()}
+    return {int(match[1]): path for path, match in found.items() if match}
 
 
 def keep(folder: Path, schema: pa.Schema, trial: Trial, rows: Table) -> None:
@@ -76,11 +93,9 @@ def keep(folder: Path, schema: pa.Schema, trial: Trial, rows: Table) -> None:
 def kept(folder: Path, schema: pa.Schema, trial: Trial) -> Table | None:
     """Return the rows of a trial, if its part is there, whole, and of the same run."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(dataset.place(folder, trial.index)) as file:
-            found = file.read()
+        found = dataset.read_part(folder, trial.index)
     except (OSError, pa.ArrowException):
         return None
     if not found.schema.equals(schema) or (found.schema.metadata or {}).get(b"run") != trial.run.encode():
@@ -92,8 +107,8 @@ def kept(folder: Path, schema: pa.Schema, trial: Trial) -> Table | None:
 def write(front: Front, folder: Path) -> None:
     """Write ``trials.csv`` and ``pareto.csv``, and drop parts that are of no trial of this search."""
     ran = {trial.index for trial in front.tried if trial.rows is not None}
-    for path in folder.glob("runs/point=*"):
-        if int(path.name.partition("=")[2]) not in ran:
+    for index, path in _parts(folder).items():
+        if index not in ran:
             shutil.rmtree(path)
     for name, trials in (("trials.csv", front.tried), ("pareto.csv", front.best_of_all)):
         _csv(folder, folder / name, front.rows(trials))

@@ -39,7 +39,8 @@ class Front:
     """A finished search.
 
     axes: keys that were varied. tried: every trial in order. folder: where it lies, if anywhere. idle: of the first
-    trials on the front, axes that make no difference to their policy.
+    trials on the front, axes that make no difference to their policy. dropped: usual goals that only some policies have, and
+    the policies that lack them.
     """
 
     scenario: Scenario
@@ -49,6 +50,7 @@ class Front:
     tried: tuple[Trial, ...] = field(repr=False)
     idle: dict[int, set[str]] = field(default_factory=dict, repr=False)
     folder: Path | None = None
+    dropped: dict[str, list[str]] = field(default_factory=dict, repr=False)
 
     @property
     def metrics(self) -> tuple[Metric, ...]:

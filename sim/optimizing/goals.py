@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sim.located import Problem, ScenarioError, nearest, short
-from sim.results import Metric
+from sim.results import Metric, Table
 
 DEFAULTS = (
     "step_time_s",
@@ -77,11 +77,26 @@ def goals(metrics: Sequence[Metric], minimize: Sequence[str], maximize: Sequence
     return list(found.values())
 
 
-def usual_goals(metrics: Sequence[Metric], values: Mapping[str, Sequence[float]]) -> list[Goal]:
-    """Return those of `DEFAULTS` that a run with the figures ``values`` has."""
+def usual_goals(metrics: Sequence[Metric], rows: Table) -> tuple[list[Goal], dict[str, list[str]]]:
+    """Return those of `DEFAULTS` that every policy of a run with the figures ``rows`` has, and of those that only some have,
+    the policies that lack them."""
     known = {metric.name: metric for metric in metrics}
-    there = [known[name] for name in DEFAULTS if name in known and not any(map(math.isnan, values[name]))]
-    return [Goal(metric, metric.better == "higher") for metric in there]
+    policies = list(dict.fromkeys(rows["policy"]))
+    found: list[Goal] = []
+    dropped: dict[str, list[str]] = {}
+    for name in DEFAULTS:
+        if name not in known:
+            continue
+        lacking = {
+            policy
+            for policy, value in zip(rows["policy"], rows[name], strict=True)
+            if value is None or math.isnan(value)
+        }
+        if not lacking:
+            found.append(Goal(known[name], known[name].better == "higher"))
+        elif len(lacking) < len(policies):
+            dropped[name] = [policy for policy in policies if policy in lacking]
+    return found, dropped
 
 
 def limits(metrics: Sequence[Metric], texts: Sequence[str]) -> list[Limit]:
@@ -97,7 +112,7 @@ def limits(metrics: Sequence[Metric], texts: Sequence[str]) -> list[Limit]:
             continue
         name, relation, number = match.groups()
         try:
-            bound = float(number)
+            bound = math.nan if "_" in number else float(number)  # 0_97 would be 97
         except ValueError:
             bound = math.nan
         if not math.isfinite(bound):

@@ -70,7 +70,7 @@ def search(
     """
     study = _study(goals, batch, seed)
     distributions = space.distributions()
-    tried: dict[Place, Trial] = {}
+    tried: dict[str, Trial] = {}  # by place
     by_run: dict[str, Trial] = {}
     found: list[Trial] = []
     rest = _shuffled(space, seed)
@@ -81,14 +81,14 @@ def search(
         stalled, room = 0, min(batch, trials - len(by_run))
         while len(fresh) < room and suggestions < most:
             if stalled >= _STALLED and rest is not None:
-                untried = next((place for place in rest if place not in tried), None)
+                untried = next((place for place in rest if place.key not in tried), None)
                 if untried is None:
                     break
                 study.enqueue_trial(space.params(untried))
             asked = study.ask(distributions)
             suggestions += 1
             place = space.place(asked.params)
-            if place in tried:
+            if place.key in tried:
                 stalled += 1
             else:
                 ready = space.ready(place)
@@ -99,8 +99,9 @@ def search(
                     if ready.run:
                         by_run[ready.run] = trial
                         fresh.append(trial)
-                tried[place] = trial
-            trial = tried[place]
+                        stalled = 0
+                tried[place.key] = trial
+            trial = tried[place.key]
             if trial.ended:
                 _tell(study, asked, trial, goals, limits)
             else:

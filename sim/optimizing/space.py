@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sim.designs import MAX_POINTS, Axis
@@ -19,6 +19,7 @@ from sim.located import Problem, ScenarioError, nearest
 from sim.scenario import Scenario
 from sim.store import resolved_data, run_id
 from sim.sweeping.axes import Varied
+from sim.sweeping.traces import TraceChanged, traces
 from sim.yamlfile import Document
 
 POLICY = "policy"
@@ -31,25 +32,34 @@ class Place:
     values: tuple[Any, ...]
     policy: str
 
+    @property
+    def key(self) -> str:
+        """What tells it from other places: values may be lists and mappings, and 1 is not true."""
+        return json.dumps([self.values, self.policy])
+
 
 @dataclass(frozen=True)
 class Ready:
-    """A place's scenario. run: its identity. data: resolved, as JSON. reason: why it does not run, or nothing."""
+    """A place's scenario. run: its identity. data: resolved, as JSON. expected: seconds on one core. reason: why it does not
+    run, or nothing."""
 
     run: str = ""
     data: str = ""
+    expected: float = 0.0
     reason: str = ""
 
 
 @dataclass(frozen=True)
 class Space:
-    """policies: names and places in the document of those to choose from. force: whether a run may be too big."""
+    """policies: names and places in the document of those to choose from. force: whether a run may be too big. seen: what
+    recorded traces held when they were first met, by file."""
 
     document: Document
     varied: tuple[Varied, ...]
     policies: Mapping[str, int]
     allow_outside: bool = False
     force: bool = False
+    seen: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def axes(self) -> tuple[Axis, ...]:
@@ -96,11 +106,12 @@ class Space:
     def params(self, place: Place) -> dict[str, Any]:
         """Turn `place` round, for axes of listed values and of integers."""
         values = zip(self.axes, place.values, strict=True)
-        found = {axis.key: axis.values.index(value) if axis.values else value for axis, value in values}
+        found = {axis.key: _index(axis.values, value) if axis.values else value for axis, value in values}
         return found | {POLICY: place.policy}
 
     def ready(self, place: Place) -> Ready:
-        """Return the scenario of a place, which has its policy alone; the tokens are those that all policies see."""
+        """Return the scenario of a place, which has its policy alone; the tokens are those that all policies see. Raises
+        `TraceChanged` where a trace is not what it was."""
         try:
             scenario = self.scenario(place)
         except ScenarioError as error:
@@ -110,7 +121,14 @@ class Space:
         expected = estimate(scenario)
         if expected.too_big and not self.force:
             return Ready(reason="too big to run without --force")
-        return Ready(run_id(scenario), json.dumps(resolved_data(scenario)))
+        self.remember(scenario)
+        return Ready(run_id(scenario), json.dumps(resolved_data(scenario)), expected.seconds)
+
+    def remember(self, scenario: Scenario) -> None:
+        """Raise `TraceChanged` if a trace that the scenario names is not what it was when it was first met."""
+        for path, content in traces(scenario).values():
+            if self.seen.setdefault(path, content) != content:
+                raise TraceChanged(f"{path}: has changed since the search began, so its runs do not belong together")
 
     def scenario(self, place: Place) -> Scenario:
         """As `ready`. Raises ScenarioError."""
@@ -123,7 +141,7 @@ class Space:
         here, found = self.ready(place).run, set()
         for i, axis in enumerate(self.axes):
             ends = [axis.values[0], axis.values[-1]] if axis.values else [axis.low, axis.high]
-            others = [value for value in ends if value != place.values[i]]
+            others = [value for value in ends if json.dumps(value) != json.dumps(place.values[i])]
             moved = [self.ready(Place((*place.values[:i], v, *place.values[i + 1 :]), place.policy)) for v in others]
             if moved and all(ready.run == here for ready in moved):
                 found.add(axis.key)
@@ -181,6 +199,10 @@ def _alone(document: Document, index: int) -> Document:
             path = ("policies", 0, *path[2:])
         marks[path] = mark
     return dataclasses.replace(document, data=document.data | {"policies": [policies[index]]}, marks=marks)
+
+
+def _index(values: Sequence[Any], value: Any) -> int:
+    return [json.dumps(one) for one in values].index(json.dumps(value))
 
 
 def _ordered(values: Sequence[Any]) -> bool:

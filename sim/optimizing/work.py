@@ -7,33 +7,41 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sim import backends
 from sim.backends import Lost
+from sim.designs import Axis
 from sim.designs.block import SweepBlock
-from sim.estimate import estimate
+from sim.estimate import Estimate, estimate
 from sim.loading import check
 from sim.located import Problem, ScenarioError
 from sim.optimizing import folder as disk
 from sim.optimizing.front import Front
 from sim.optimizing.goals import Goal, Limit, goals, limits, usual_goals
 from sim.optimizing.search import BATCH, Trial, search
-from sim.optimizing.space import Place, Space, check_axes, chosen
+from sim.optimizing.space import POLICY, Place, Space, check_axes, chosen
 from sim.results import Table, metrics_of
+from sim.rng import stream
 from sim.scenario import Scenario
+from sim.store import resolved_data
 from sim.sweeping import dataset
 from sim.sweeping.axes import Varied, from_block
 from sim.sweeping.evaluate import evaluate
 from sim.sweeping.manifest import definition
 from sim.sweeping.points import Plan
+from sim.sweeping.work import MAX_SECONDS, TooLong
 from sim.workers import processes
 from sim.yamlfile import Document
 
 CHECKED = 30
 """Trials of the front whose axes are looked at for those without effect: some 50 ms each."""
+
+
+SAMPLED = 8
+"""Places drawn to estimate what a run of the search takes."""
 
 
 class TrialLost(Exception):
@@ -42,7 +50,8 @@ class TrialLost(Exception):
 
 @dataclass(frozen=True)
 class Question:
-    """A checked search: where, for what, and for how long."""
+    """A checked search: where, for what, and for how long. dropped: usual goals that only some policies have, and the
+    policies that lack them."""
 
     scenario: Scenario
     space: Space
@@ -51,6 +60,7 @@ class Question:
     trials: int
     batch: int
     seed: int
+    dropped: dict[str, list[str]] = field(default_factory=dict)
 
 
 def question(
@@ -93,17 +103,25 @@ def question(
     space = Space(document, tuple(axes), names, allow_outside, force)
     check_axes(space)
     base = base.model_copy(update={"sweep": None})
-    return Question(base, space, tuple(aims or _usual(base, space)), tuple(bounds), trials, batch, seed)
+    dropped: dict[str, list[str]] = {}
+    if not aims:
+        aims, dropped = _usual(base, space)
+    return Question(base, space, tuple(aims), tuple(bounds), trials, batch, seed, dropped)
 
 
-def _usual(base: Scenario, space: Space) -> list[Goal]:
-    """The goals of a question that names none: what one replica of the scenario as it stands has."""
-    policy = base.policies[next(iter(space.policies.values()))]
-    data = base.model_copy(update={"policies": (policy,), "replicas": 1}).model_dump(mode="json", exclude_none=True)
-    found = usual_goals(metrics_of(base), evaluate(data))
+def _usual(base: Scenario, space: Space) -> tuple[list[Goal], dict[str, list[str]]]:
+    """The goals of a question that names none: what one replica of the scenario as it stands has, of every policy; and see
+    `Question.dropped`."""
+    policies = tuple(base.policies[i] for i in space.policies.values())
+    one = base.model_copy(update={"policies": policies, "replicas": 1})
+    if (expected := estimate(one)).too_big and not space.force:
+        rule = "without goals the scenario runs once as it stands, to see which it has, and is too big for that: "
+        rule += f"{expected.reason}; name goals (--minimize METRIC, --maximize METRIC), or --force runs it all the same"
+        raise ScenarioError([Problem("optimize", "", rule)])
+    found, dropped = usual_goals(metrics_of(base), evaluate(resolved_data(one)))
     if not found:
         raise ScenarioError([Problem("optimize", "", "no goal: --minimize METRIC or --maximize METRIC")])
-    return found
+    return found, dropped
 
 
 def run(
@@ -119,16 +137,23 @@ def run(
 ) -> Front:
     """Search, and return what was found. folder: where every trial is written as it ends; None: nowhere.
 
-    Raises `Refused`, `TrialLost`, MemoryError, ValueError and OSError; trials that were written stay.
+    Raises `Refused` and `TooLong` before anything is written or removed; later `TrialLost`, MemoryError, ValueError and
+    OSError (`TraceChanged` among them), and trials that were written stay.
     """
     space = asked.space
+    space.remember(asked.scenario)
     schema = dataset.schema({axis.key: axis.values or (axis.low, axis.high) for axis in space.axes}, [metric.name for metric in metrics_of(asked.scenario)])  # fmt: skip
     with ExitStack() as stack:
+        begin = None
         if folder is not None:
-            stack.enter_context(disk.opened(folder, _definition(asked), resume=resume, overwrite=overwrite))
-        kind = backends.get(backend)
-        count = processes(jobs, asked.batch, _expected(asked)) if backend == "local" else jobs
+            begin = stack.enter_context(disk.opened(folder, _definition(asked), resume=resume, overwrite=overwrite))
+        kind, expected = backends.get(backend), _expected(asked)
+        count = processes(jobs, asked.batch, expected) if backend == "local" else jobs
         engine = stack.enter_context(kind(count, address))
+        if not space.force:
+            _check(asked, expected.seconds, engine.workers)
+        if begin is not None:
+            begin()
         advance = stack.enter_context(_bar(asked, progress))
 
         def measure(trials: list[Trial]) -> Iterator[tuple[Trial, Table | str]]:
@@ -141,7 +166,7 @@ def run(
                     advance(1)
                     yield trial, rows
             try:
-                for index, outcome in engine.run(measured, [json.loads(trial.data) for trial in todo]):
+                for index, outcome in engine.run(measured, [(json.loads(trial.data), trial.run) for trial in todo]):
                     if folder is not None and not isinstance(outcome, str):
                         disk.keep(folder, schema, todo[index], outcome)
                     advance(1)
@@ -151,7 +176,7 @@ def run(
                 raise TrialLost(f"{where}: {error}: try fewer --jobs") from None
 
         tried = search(space, asked.goals, asked.limits, asked.trials, asked.batch, asked.seed, measure)
-        front = Front(asked.scenario, tuple(axis.key for axis in space.axes), asked.goals, asked.limits, tuple(tried), folder=folder)  # fmt: skip
+        front = Front(asked.scenario, tuple(axis.key for axis in space.axes), asked.goals, asked.limits, tuple(tried), folder=folder, dropped=asked.dropped)  # fmt: skip
         idle = {trial.index: space.without_effect(trial.place) for trial in front.best_of_all[:CHECKED]}
         front = dataclasses.replace(front, idle=idle)
         if folder is not None:
@@ -159,10 +184,10 @@ def run(
     return front
 
 
-def measured(data: dict[str, Any]) -> Table | str:
-    """Run a scenario given as plain data: its rows by replica, or why it cannot run."""
+def measured(item: tuple[dict[str, Any], str]) -> Table | str:
+    """Run a scenario given as plain data and its identity: its rows by replica, or why it cannot run."""
     try:
-        return evaluate(data)
+        return evaluate(*item)
     except ValueError as error:
         return str(error)
 
@@ -173,11 +198,32 @@ def _said(asked: Question, place: Place) -> str:
     return ", ".join(filter(None, [said(asked.space.axes, place.values), f"policy {place.policy}"]))
 
 
-def _expected(asked: Question) -> Any:
-    """Estimate the whole search by its scenario as it stands, of which a trial has one policy."""
-    found = estimate(asked.scenario)
-    share = asked.trials / len(asked.scenario.policies)
-    return dataclasses.replace(found, seconds=found.seconds * share)
+def _expected(asked: Question) -> Estimate:
+    """Estimate the whole search on one core, by places drawn at random that run; memory by the scenario as it stands."""
+    space = asked.space
+    drawn = stream(asked.seed, "optimize", "estimate").random((len(space.axes) + 1, SAMPLED))
+    columns = [axis.at(u) for axis, u in zip(space.axes, drawn[1:], strict=True)]
+    policies = Axis(POLICY, tuple(space.policies)).at(drawn[0])
+    places = [Place(tuple(column[i] for column in columns), policy) for i, policy in enumerate(policies)]
+    seconds = [ready.expected for ready in map(space.ready, places) if ready.run]
+    mean = sum(seconds) / len(seconds) if seconds else 0.0
+    return dataclasses.replace(estimate(asked.scenario), seconds=mean * _most(asked))
+
+
+def _most(asked: Question) -> int:
+    """Runs that the search makes at most."""
+    return min(asked.trials, asked.space.size or asked.trials)
+
+
+def _check(asked: Question, seconds: float, workers: int) -> None:
+    """Raise TooLong if the search, ``seconds`` on one core, takes more than a day."""
+    together = max(1, min(workers, asked.batch, _most(asked)))
+    if (seconds := seconds / together) > MAX_SECONDS:
+        raise TooLong(
+            f"{_most(asked)} runs take about {seconds / 3600:.3g} hours on {together} process{'es' * (together > 1)}, over "
+            f"{MAX_SECONDS / 3600:g}: lower --trials, replicas or the scenario's steps, or give it more --jobs or machines "
+            "(--backend); --force runs it all the same"
+        )
 
 
 def _definition(asked: Question) -> dict[str, Any]:
@@ -209,6 +255,5 @@ def _bar(asked: Question, progress: bool) -> Iterator[Callable[[int], object]]:
     from tqdm import tqdm
 
     wait = 0.1 if sys.stderr.isatty() else 30.0
-    total = min(asked.trials, asked.space.size or asked.trials)
-    with tqdm(total=total, desc="runs", file=sys.stderr, leave=False, delay=wait, mininterval=wait) as bar:
+    with tqdm(total=_most(asked), desc="runs", file=sys.stderr, leave=False, delay=wait, mininterval=wait) as bar:
         yield bar.update

@@ -46,14 +46,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(args: argparse.Namespace) -> int:
+    from sim.store import check_target
+
     if args.compare and len(args.runs) < 2:
         raise ValueError("--compare needs at least two runs")
     if args.out and len(args.runs) > 1 and not args.compare:
         raise ValueError(
             f"--out names one page, and there are {len(args.runs)} runs; without it each page goes to its run"
         )
-    if args.out and not Path(args.out).absolute().parent.is_dir():
-        raise ValueError(f"--out {args.out}: there is no folder {Path(args.out).parent}")
+    if args.out:
+        if not Path(args.out).absolute().parent.is_dir():
+            raise ValueError(f"--out {args.out}: there is no folder {Path(args.out).parent}")
+        check_target(Path(args.out))
     folders = [found(run) for run in args.runs]
     return _compare(folders, args.out) if args.compare else _pages(folders, args.out)
 
@@ -78,9 +82,12 @@ def found(run: str) -> Path:
 
 
 def _read(folder: Path) -> tuple[Any, dict[str, str]]:
-    from sim.store import manifest_of, read
+    from sim.store import gone, manifest_of, read
 
-    return read(folder), manifest_of(folder)["versions"]
+    result = read(folder)
+    for line in gone(result):
+        print(f"{folder}: {line}; what is stored of it still is", file=sys.stderr)
+    return result, manifest_of(folder)["versions"]
 
 
 def _pages(folders: Sequence[Path], out: str | None) -> int:
@@ -98,15 +105,29 @@ def _pages(folders: Sequence[Path], out: str | None) -> int:
     return 0
 
 
+def distinct(folders: Sequence[Path]) -> list[str]:
+    """Return a name for each run: the last two parts of its path, or as many more as it takes to tell runs of the same name
+    apart. Raises ValueError for a run that is there twice."""
+    paths = [folder.resolve() for folder in folders]
+    if twice := next((path for i, path in enumerate(paths) if path in paths[:i]), None):
+        raise ValueError(f"{'/'.join(twice.parts[-2:])} is given twice: a run does not differ from itself")
+
+    def name(path: Path) -> str:
+        alike = [other.parts for other in paths if other.parts[-2:] == path.parts[-2:]]
+        n = next(
+            n for n in range(2, len(path.parts) + 1) if [parts[-n:] for parts in alike].count(path.parts[-n:]) == 1
+        )
+        return "/".join(path.parts[-n:])
+
+    return [name(path) for path in paths]
+
+
 def _compare(folders: Sequence[Path], out: str | None) -> int:
     from sim.report.differences import compared, page, text
     from sim.store import replace
 
+    names = distinct(folders)
     read = [_read(folder) for folder in folders]
-    names = [f"{result.scenario.name}/{folder.name}" for (result, _), folder in zip(read, folders, strict=True)]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice:
-        raise ValueError(f"{twice} is given twice: a run does not differ from itself")
     difference = compared({name: result for name, (result, _) in zip(names, read, strict=True)}, [v for _, v in read])
     if out:
         replace(Path(out), page(difference, names).encode())

@@ -10,7 +10,7 @@ import numpy as np
 
 from sim.results import Result, Table, metrics_of, per_replica
 from sim.statistics import half_width
-from sim.store import resolved_data
+from sim.store import fingerprints, resolved_data
 from sim.tokens import F64
 
 if TYPE_CHECKING:
@@ -81,12 +81,13 @@ def _by_policy(result: Result) -> dict[str, dict[str, F64]]:
 def unpaired(one: Result, other: Result) -> str:
     """Say why replicas of two runs did not see the same tokens (requests) and cannot be paired; nothing if they did."""
     a, b = one.scenario, other.scenario
+    traces = [result.traces or fingerprints(result.scenario) for result in (one, other)]
     asked = [(s.serving.requests, s.serving.duration_s) if s.serving else None for s in (a, b)]
     for what, same in (
         ("seed", a.seed == b.seed),
         ("replicas", a.replicas == b.replicas),
-        ("traffic", a.traffic == b.traffic and a.traffic.fingerprint() == b.traffic.fingerprint()),
-        ("requests", asked[0] == asked[1]),
+        ("traffic", a.traffic == b.traffic and traces[0][0] == traces[1][0]),
+        ("requests", asked[0] == asked[1] and traces[0][1] == traces[1][1]),
         ("model", a.model == b.model),
         ("parallel", a.parallel == b.parallel),
     ):

@@ -110,8 +110,10 @@ SHOWN: dict[str, tuple[str, str]] = {
 }
 """Title and caption by the figure's name, in the order of the page. One that a result has no data for is left out."""
 
+_TAG = re.compile(r"<[^>]*>")  # Matplotlib escapes > in text and attributes
 _INK = "#010203"  # a colour that no figure uses for data
 _RC: dict[str, Any] = {
+    "text.parse_math": False,  # a $ in a name is a dollar
     "svg.fonttype": "none",  # text stays text: selectable, and in the page's font
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK),
     **dict.fromkeys(("axes.facecolor", "figure.facecolor", "savefig.facecolor"), "none"),
@@ -121,12 +123,17 @@ _PLATES = ("topology",)
 """Figures whose shades of load end in near black: they keep a light plate on a dark page."""
 
 
+_OF_SERVING = ("roofline", "redundancy", "latency_cdf", "throughput_against_latency", "over_time")
+"""Figures of runs that serve requests; the first two are of runs of steps too, and all others of those only."""
+
+
 def drawings(result: Result) -> list[Drawing]:
     """Draw every figure of `SHOWN` that this kind of run has."""
     import matplotlib
     import matplotlib.pyplot as plt
 
     from analysis import figures
+    from analysis.style import Unfit
 
     found = []
     for name, (title, caption) in SHOWN.items():
@@ -141,22 +148,26 @@ def drawings(result: Result) -> list[Drawing]:
                 wide = _svg(draw, result, WIDE_IN, f"{name}-w", label)
                 sized = "width_in" in inspect.signature(draw).parameters
                 narrow = _svg(draw, result, NARROW_IN, f"{name}-n", label) if sized else ""
-            except (ValueError, KeyError):  # how figures say that a result is not of their kind
+            except Unfit:
                 continue
+            finally:
+                plt.close("all")
         found.append(Drawing(name, title, caption, wide, narrow, name in _PLATES))
     return found
 
 
 def _fits(name: str, scenario: Scenario) -> bool:
     """Whether a figure that could be drawn says something here."""
-    long = scenario.steps.count >= MIN_STEPS
+    serves, long = scenario.serving is not None, scenario.steps.count >= MIN_STEPS
+    if (serves and name not in _OF_SERVING) or (not serves and name in _OF_SERVING[2:]):
+        return False
     if name == "max_vio_over_steps":
         return scenario.steps.count > 1 and not long
     if name == "settling":
         return long
     if name == "collapse":
         return bool(scenario.router_dynamics)
-    return name != "roofline" or scenario.serving is not None or bool(len(scenario.timed_steps()))
+    return name != "roofline" or serves or bool(len(scenario.timed_steps()))
 
 
 def _svg(draw: Callable[..., Any], result: Result, width_in: float, prefix: str, label: str) -> str:
@@ -169,20 +180,25 @@ def _svg(draw: Callable[..., Any], result: Result, width_in: float, prefix: str,
 def inline(svg: str, prefix: str, label: str) -> str:
     """Make a Matplotlib SVG part of a page: no prologue, no rules that would reach the page's other elements, ids that no
     other figure has, colours of the theme, and ``label`` for those who cannot see it."""
-    body = svg[svg.index("<svg") :]
-    body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", body, flags=re.DOTALL)
-    body = re.sub(r' xmlns(?::\w+)?="[^"]*"| version="1.1"', "", body).replace("xlink:href=", "href=")
-    used = set(re.findall(r'(?:url\(|href=")#([\w.-]+)', body))
-    body = re.sub(r' id="([^"]*)"', lambda m: f' id="{prefix}-{m[1]}"' if m[1] in used else "", body)
-    body = re.sub(r'(url\(|href=")#', rf"\1#{prefix}-", body)
-    body = re.sub(r"font-family: [^;\"]*;? ?", "", body)
-    body = re.sub(r"(font: [\d.]+px) [^;\"]*", r"\1 var(--sans)", body)
-    body = re.sub(r"(\.\d\d)\d+", r"\1", body)
-    body = re.sub(r"<(?!text)[^>]*>", lambda m: _paper(m[0], "<image" in svg), body)
-    body = re.sub(r"#([0-9a-f]{2})\1\1", _grey, body.replace(_INK, "currentColor"))
-    body = re.sub(r"\s*\n\s*", " ", body).strip()
+    body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    tags = "".join(_TAG.findall(body))
+    used, over_image = set(re.findall(r'(?:url\(|href=")#([\w.-]+)', tags)), "<image" in tags
+    body = _TAG.sub(lambda m: _tag(m[0], prefix, used, over_image), body)
     head = f'<svg role="img" aria-label="{html.escape(label)}" '
-    return re.sub(r'^<svg width="[^"]*" height="[^"]*" ', head, body)
+    return re.sub(r'^<svg width="[^"]*" height="[^"]*" ', head, re.sub(r"\s*\n\s*", " ", body).strip())
+
+
+def _tag(tag: str, prefix: str, used: set[str], over_image: bool) -> str:
+    """One tag of a figure as `inline` wants it. What stands between tags is the reader's text and stays as it is."""
+    tag = re.sub(r' xmlns(?::\w+)?="[^"]*"| version="1.1"', "", tag).replace("xlink:href=", "href=")
+    tag = re.sub(r' id="([^"]*)"', lambda m: f' id="{prefix}-{m[1]}"' if m[1] in used else "", tag)
+    tag = re.sub(r'(url\(|href=")#', rf"\1#{prefix}-", tag)
+    tag = re.sub(r"font-family: [^;\"]*;? ?", "", tag)
+    tag = re.sub(r"(font: [\d.]+px) [^;\"]*", r"\1 var(--sans)", tag)
+    tag = re.sub(r"(\.\d\d)\d+", r"\1", tag)
+    if not tag.startswith("<text"):
+        tag = _paper(tag, over_image)
+    return re.sub(r"#([0-9a-f]{2})\1\1", _grey, tag.replace(_INK, "currentColor"))
 
 
 def _grey(found: re.Match[str]) -> str:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from sim.cluster import Cluster
 from sim.report.remarks import remarks
 from sim.scenario import Scenario
+from sim.store import named_traces
 
 
 class Constant(NamedTuple):
@@ -121,9 +122,9 @@ def checks(scenario: Scenario) -> list[Check]:
 def assumptions(scenario: Scenario) -> list[str]:
     """Return what the figures rest on, one sentence each."""
     moe = any(scenario.model_of(policy).is_moe for policy in scenario.policies)
-    recorded = bool(scenario.traffic.fingerprint())
+    traffic, requests = named_traces(scenario)
     lines = []
-    if moe and recorded:
+    if moe and traffic:
         lines.append(
             f"Routing is recorded (traffic {scenario.traffic.kind}): what another gate would have chosen follows from the trace."
         )
@@ -134,7 +135,7 @@ def assumptions(scenario: Scenario) -> list[str]:
         )
     serving = scenario.serving
     if serving is not None:
-        whose = "recorded" if serving.requests.fingerprint() else "synthetic"
+        whose = "recorded" if requests else "synthetic"
         lines.append(f"Requests are {whose} (requests {serving.requests.kind}); all policies get the same ones.")
         if serving.warmup_s:
             lines.append(f"The first {serving.warmup_s:g} s fill queues and caches and are left out of all means.")

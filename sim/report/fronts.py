@@ -38,6 +38,8 @@ def table(front: Front, rows: int = ROWS) -> str:
         lines += ["", *(_several(front, found) if len(front.goals) > 1 else _single(front))]
     else:
         lines += ["", "No trial is feasible."]
+    for name, policies in front.dropped.items():
+        lines += ["", f"{name} is no goal, for {', '.join(policies)} ha{'s' if len(policies) == 1 else 've'} none."]
     if front.reasons:
         shown = list(front.reasons.items())
         lines += ["", f"{sum(front.reasons.values())} of {len(front.tried)} trials are infeasible:"]
@@ -105,9 +107,7 @@ def _several(front: Front, found: list[list[Trial]]) -> list[str]:
     best = front.best
     assert best is not None
     n = len(found)
-    lines = [
-        "One run beats all others in every goal." if n == 1 else f"{n} rows that no other run beats in every goal."
-    ]
+    lines = [_alone(front, found[0]) if n == 1 else f"{n} rows that no other run beats in every goal."]
     lines[0] += f" Nearest to the best of all goals at once: {_named(front, best)}."
     pairs = [front.apart(a[0], b[0]) for a, b in pairwise(found)]
     if None in pairs:
@@ -117,6 +117,18 @@ def _several(front: Front, found: list[list[Trial]]) -> list[str]:
             f"{alike} of {len(pairs)} rows are alike: no goal tells them from the next by more than chance {HOW}."
         )
     return lines
+
+
+def _alone(front: Front, best: list[Trial]) -> str:
+    """What is true of the only row of a front."""
+    mine = {trial.index for trial in best}
+    others = [trial for trial in front.feasible if trial.index not in mine]
+    if not others:
+        return "One run, and no other is feasible." if len(best) == 1 else "All feasible runs have the same figures."
+    goals = [(goal.metric.name, goal.sign) for goal in front.goals]
+    if all(sign * best[0].means[name] < sign * other.means[name] for other in others for name, sign in goals):
+        return f"{'One run beats' if len(best) == 1 else f'{len(best)} runs of the same figures beat'} all others in every goal."
+    return "No other run is better in any goal."
 
 
 def _single(front: Front) -> list[str]:

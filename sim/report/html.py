@@ -10,14 +10,15 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
+from sim.contest import yardsticks
 from sim.report import evidence, serving, steps
 from sim.report.about import facts
 from sim.report.drawings import drawings
 from sim.report.grids import LEADING, Section, Value, against_first, columns, leading, number, spread, values
 from sim.report.meanings import MEANINGS
-from sim.report.verdict import Verdict, references, unit_of, verdict
+from sim.report.verdict import Verdict, unit_of, verdict
 from sim.results import Metric, Result
-from sim.store import resolved_data, run_id, versions
+from sim.store import named_traces, resolved_data, run_id, versions
 
 if TYPE_CHECKING:
     import jinja2
@@ -67,12 +68,13 @@ def page(result: Result, command: str = "", made_with: Mapping[str, str] | None 
     extra = steps.by_topic(result) if scenario.serving is None else serving.units(result)
     return environment().get_template("run.html").render(
         scenario=scenario,
-        run=run_id(scenario),
+        run=run_id(scenario, result.traces),
+        named_traces=named_traces(scenario),
         answer=answer,
         facts=facts(scenario),
         tables=[found for section in kind.sections(result) if (found := _grid(result, section, answer)).columns],
         plain=[(head[0], _plain(head, rows)) for head, rows in extra],
-        notes=[kind.note(result), *([answer.aside] if answer.aside else []), *kind.events(result)],
+        notes=[kind.note(result), *answer.asides, *kind.events(result)],
         drawings=[
             drawing._replace(wide=Markup(drawing.wide), narrow=Markup(drawing.narrow)) for drawing in drawings(result)
         ],
@@ -148,7 +150,7 @@ def _grid(result: Result, section: Section, answer: Verdict) -> Grid:
 
 def _best(result: Result, metric: Metric, found: Mapping[tuple[str, str], Value]) -> list[str]:
     """Return the candidates whose figure, as printed, is the best; nobody where all are equal or nothing is better."""
-    blind = references(result.scenario)
+    blind = yardsticks(result.scenario)
     shown = {p.name: found[p.name, metric.name].mean for p in result.scenario.policies if p.name not in blind}
     known = {name: mean for name, mean in shown.items() if mean == mean}
     texts = {name: number(mean, metric) for name, mean in known.items()}

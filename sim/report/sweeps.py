@@ -37,15 +37,29 @@ def table(sweep: Sweep, rows: int = ROWS) -> str:
         text, notes = _side_by_side(sweep, found, leading, rows)
     else:
         text = _all(sweep, found, leading, [metric.name for metric in beside])
-    replicas = max(sweep.table.column("replica").to_pylist()) + 1
-    if replicas > 1:
-        notes.append(f"Means, ± 95 % over {replicas} replicas.")
+    if averaged := _averaged(sweep):
+        notes.append(averaged)
     if len(found) <= rows and len(sweep.policies) > 1:
         notes.append("Against first: paired differences to the point's first policy.")
     notes += [f"{key} changes no figure." for key in _idle(sweep)]
     if sweep.skipped:
         notes.append(f"Skipped points (see skipped.csv): {len(sweep.skipped)}.")
     return "\n".join([*text, "", " ".join(notes)]).rstrip()
+
+
+def _averaged(sweep: Sweep) -> str:
+    """What figures with ± are means over; of one replica there is none."""
+    replicas: dict[int, int] = {}
+    rows = sweep.table.select(["point", "replica"]).to_pydict()
+    for point, replica in zip(rows["point"], rows["replica"], strict=True):
+        replicas[point] = max(replicas.get(point, 0), replica + 1)
+    least, most = min(replicas.values()), max(replicas.values())
+    if most == 1:
+        return ""
+    if least == most:
+        return f"Means, ± 95 % over {most} replicas."
+    alone = "; points of one replica have no ±" if least == 1 else ""
+    return f"Means, ± 95 % over the point's replicas ({least} to {most}{alone})."
 
 
 def _all(sweep: Sweep, shown: list[Row], leading: Metric, beside: list[str]) -> list[str]:
@@ -164,7 +178,9 @@ def plain(value: Any) -> str:
         return "null"
     if isinstance(value, str):
         return value if len(value) <= 30 else value[:27] + "..."
-    return f"{value:.6g}" if isinstance(value, float) else json.dumps(value)
+    if isinstance(value, float):
+        return f"{value:.0f}" if value.is_integer() and abs(value) < 1e15 else f"{value:.6g}"
+    return json.dumps(value)
 
 
 def _cell(value: Value, metric: Metric) -> str:

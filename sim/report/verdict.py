@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from sim.contest import leading_metrics, yardsticks
 from sim.report.grids import number, two_digits
 from sim.results import Metric, Result, metrics_of, per_replica
-from sim.scenario import Scenario
 from sim.statistics import half_width
 from sim.tokens import F64
 
@@ -42,23 +43,38 @@ class Price:
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """metric: name of the leading one. winners: the best policy first, then those that the run cannot tell from it.
-    sentences: the answer. prices: what the first winner shows elsewhere. aside: what the contest leaves out, if anything.
+    sentences: the answer. prices: what the first winner shows elsewhere. asides: what the contest leaves out and why. method:
+    how policies are told apart, or nothing where there is no interval.
     """
 
     metric: str
     winners: tuple[str, ...]
     sentences: tuple[str, ...]
     prices: tuple[Price, ...]
-    aside: str
+    asides: tuple[str, ...]
+    method: str
 
 
 @dataclass(frozen=True, slots=True)
 class _Contest:
-    """Values [n_policies, n_replicas] of the leading metric of those that can win, in the order of the scenario."""
+    """Values [n_policies, n_replicas] of the leading metric of those that can win, in the order of the scenario. without: those
+    that could but have no value of it in every replica."""
 
     metric: Metric
     names: list[str]
     values: F64
+    without: list[str]
+
+    @property
+    def rivals(self) -> int:
+        return len(self.names) - 1
+
+    @property
+    def level(self) -> float:
+        """The confidence of each paired difference against the best: 95 % for all of them together (Bonferroni). That also
+        covers that the best was picked after the fact: of ``rivals`` policies that might seem better than the truly best
+        one, each does so with at most its share of the 5 %."""
+        return 1 - 0.05 / max(1, self.rivals)
 
     @property
     def sign(self) -> float:
@@ -75,9 +91,9 @@ class _Contest:
         return f"{number(float(self.means[i]), self.metric)}{interval}{unit_of(self.metric)}"
 
     def gap(self, i: int, best: int) -> tuple[float, float]:
-        """Paired difference of policy ``i`` against ``best``, positive where ``i`` is worse, and its half-width."""
+        """Paired difference of policy ``i`` against ``best``, positive where ``i`` is worse, and its half-width at `level`."""
         difference = self.sign * (self.values[i] - self.values[best])
-        return float(difference.mean()), half_width(difference)
+        return float(difference.mean()), half_width(difference, self.level)
 
     def words(self, i: int, best: int) -> str:
         """How much better ``best`` is than ``i``."""
@@ -114,36 +130,67 @@ def with_unit(value: float, metric: Metric) -> str:
     return number(float(value), metric) + unit_of(metric)
 
 
-def references(scenario: Scenario) -> list[str]:
-    """Return the policies that are yardsticks, not candidates: gates that route without looking at the tokens' scores."""
-    blind = ("random", "balanced")
-    return [p.name for p in scenario.policies if scenario.model_of(p).is_moe and p.select.kind in blind]
+def listed(names: Sequence[str], word: str = "and", most: int = 3) -> str:
+    """Join names for a sentence; of many, the first ``most`` and how many more there are.
+
+    >>> listed(["a"]), listed(["a", "b"], "or"), listed([*"abcde"])
+    ('a', 'a or b', 'a, b, c and 2 others')
+    """
+    shown = list(names) if len(names) <= most + 1 else [*names[:most], f"{len(names) - most} others"]
+    return " ".join(filter(None, (", ".join(shown[:-1]), word if len(shown) > 1 else "", shown[-1])))
 
 
 def verdict(result: Result) -> Verdict:
     """Return the answer. Policies are compared replica by replica: all of them see the same tokens or requests."""
     contest = _contest(result)
-    left_out = [name for name in references(result.scenario) if name not in contest.names]
-    aside = (
-        f"{', '.join(left_out)}: no candidate, for its gate does not look at the tokens; a yardstick."
-        if left_out
-        else ""
-    )
+    asides = _asides(result, contest)
     if not contest.names:
-        return Verdict(contest.metric.name, (), ("Nothing in this run can be compared.",), (), aside)
+        return Verdict(contest.metric.name, (), ("Nothing in this run can be compared.",), (), asides, "")
     order = np.argsort(contest.sign * contest.means, kind="stable").tolist()
     best, rest = order[0], order[1:]
     tied = [i for i in rest if not _told_apart(*contest.gap(i, best))]
     ahead = [i for i in rest if i not in tied]
-    sentences = [_first(contest, best, rest, tied)]
+    sentences = [_first(contest, best, rest, tied, alone=not asides)]
+    first_is_in = contest.names[0] == result.scenario.policies[0].name
     if tied and ahead:
         sentences.append(f"{quoted(contest.names[best])} is ahead of the next, with {contest.words(ahead[0], best)}.")
-    elif len(ahead) > 1 and 0 in ahead[1:]:
+    elif first_is_in and len(ahead) > 1 and 0 in ahead[1:]:
         sentences.append(f"Against the first policy it is {contest.words(0, best)}.")
     if result.scenario.replicas == 1 and rest:
         sentences.append("One replica: no interval, so this run cannot say how much is chance (--replicas 5 can).")
     winners = tuple(contest.names[i] for i in (best, *tied))
-    return Verdict(contest.metric.name, winners, tuple(sentences), _prices(result, contest, winners[0]), aside)
+    prices = _prices(result, contest, winners[0])
+    return Verdict(contest.metric.name, winners, tuple(sentences), prices, asides, _method(result, contest))
+
+
+def _asides(result: Result, contest: _Contest) -> tuple[str, ...]:
+    """Return who takes no part, and why."""
+    found = []
+    blind = yardsticks(result.scenario)
+    left_out = [p.name for p in result.scenario.policies if p.name in blind and p.name not in contest.names]
+    if left_out:
+        found.append(
+            f"{listed(left_out)}: no candidate, for its gate does not look at the tokens; a yardstick."
+            if len(left_out) == 1
+            else f"{listed(left_out)}: no candidates, for their gates do not look at the tokens; yardsticks."
+        )
+    if contest.without:
+        label = contest.metric.label.removesuffix(unit_of(contest.metric))
+        found.append(f"{listed(contest.without)}: not compared, for lack of a value of “{label}” in every replica.")
+    return tuple(found)
+
+
+def _method(result: Result, contest: _Contest) -> str:
+    """Say how policies are told apart."""
+    if result.scenario.replicas == 1 or contest.rivals < 1:
+        return ""
+    text = "One policy is called better than another where the 95 % interval of their paired difference leaves out 0"
+    if contest.rivals == 1:
+        return f"{text}."
+    return (
+        f"{text}, at 95 % for all {contest.rivals} rivals of the best together (Bonferroni: {100 * contest.level:.4g} % "
+        "each, so wider than the intervals of the tables)."
+    )
 
 
 def _told_apart(difference: float, half: float) -> bool:
@@ -151,54 +198,44 @@ def _told_apart(difference: float, half: float) -> bool:
     return difference > (0.0 if math.isnan(half) else half)
 
 
-def _first(contest: _Contest, best: int, rest: list[int], tied: list[int]) -> str:
+def _first(contest: _Contest, best: int, rest: list[int], tied: list[int], alone: bool) -> str:
     winner, what = quoted(contest.names[best]), _LEADERS[contest.metric.name]
     if not rest:
         label = contest.metric.label.removesuffix(unit_of(contest.metric))
-        return f"{winner}: {label} {contest.value(best)}. There is no other policy to compare it with."
+        others = "policy" if alone else "candidate"
+        if contest.without:
+            return f"{winner}: {label} {contest.value(best)}. No other candidate has one in every replica."
+        return f"{winner}: {label} {contest.value(best)}. There is no other {others} to compare it with."
     if not tied:
         return f"{winner} has {what}, {contest.value(best)}: {contest.words(rest[0], best)}."
     names = [quoted(contest.names[i]) for i in tied]
-    mean, half = contest.gap(tied[0], best)
-    if mean == 0 and not half > 0:
-        return f"{', '.join([winner, *names[:-1]])} and {names[-1]} are equal, with {what}: {contest.value(best)}."
+    unequal = [i for i in tied if contest.gap(i, best)[0] != 0 or contest.gap(i, best)[1] > 0]
+    if not unequal:
+        return f"{listed([winner, *names])} are equal, with {what}: {contest.value(best)}."
     return (
-        f"This run cannot tell {winner} from {' or '.join(names)}. The first has {what} on average, {contest.value(best)}, "
-        f"but the paired difference against {names[0]} is {contest.difference(tied[0], best)}."
+        f"This run cannot tell {winner} from {listed(names, 'or')}. The first has {what} on average, "
+        f"{contest.value(best)}, but the paired difference against {quoted(contest.names[unequal[0]])} is "
+        f"{contest.difference(unequal[0], best)}."
     )
 
 
 def _contest(result: Result) -> _Contest:
-    """Return the leading metric and its values; references take part only where there is nobody else."""
+    """Return the leading metric and its values; yardsticks take part only where there is nobody else."""
     scenario, metrics = result.scenario, {m.name: m for m in metrics_of(result.scenario)}
     rows = {name: np.array(column) for name, column in per_replica(result.tables, scenario).items()}
     if "step_and_moves_s" in rows:  # policies that move nothing take a step's time
         moved = rows["step_and_moves_s"].astype(float)
-        if not np.isnan(moved).all():
-            rows["step_and_moves_s"] = np.where(np.isnan(moved), rows["step_time_s"].astype(float), moved)
-    blind = references(scenario)
+        rows["step_and_moves_s"] = np.where(np.isnan(moved), rows["step_time_s"].astype(float), moved)
+    blind, leaders = yardsticks(scenario), leading_metrics(scenario)
     names = [policy.name for policy in scenario.policies]
     for pool in ([name for name in names if name not in blind], names):
-        for leader in _leaders(scenario):
+        for leader in leaders:
             table = {name: rows[leader][rows["policy"] == name].astype(float) for name in pool}
             known = [name for name in pool if np.isfinite(table[name]).all()]
             if known:
-                return _Contest(metrics[leader], known, np.stack([table[name] for name in known]))
-    return _Contest(metrics[_leaders(scenario)[-1]], [], np.empty((0, scenario.replicas)))
-
-
-def _leaders(scenario: Scenario) -> list[str]:
-    """Return what decides, first choice first."""
-    serving = scenario.serving
-    if serving is None:
-        if any(policy.parallel for policy in scenario.policies):  # steps of unlike groups hold unlike numbers of tokens
-            return ["tokens_per_s_per_gpu", "max_vio_batch"]
-        return ["step_and_moves_s", "step_time_s", "max_vio_batch"]
-    if serving.requests.kind == "saturated":  # as much as there is room for: what matters is how much gets through
-        decodes = any(unit.role != "prefill" for unit in serving.units)
-        return ["output_tokens_per_s_per_gpu" if decodes else "input_tokens_per_s_per_gpu"]
-    asked = any(limit is not None for limit in (serving.slo.ttft_s, serving.slo.tpot_s, serving.slo.e2e_s))
-    return [*(["goodput_share"] if asked else []), "tpot_mean_s", "ttft_mean_s", "input_tokens_per_s_per_gpu"]
+                without = [name for name in pool if name not in known]
+                return _Contest(metrics[leader], known, np.stack([table[name] for name in known]), without)
+    return _Contest(metrics[leaders[-1]], [], np.empty((0, scenario.replicas)), names)
 
 
 def _prices(result: Result, contest: _Contest, winner: str) -> tuple[Price, ...]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from sim.contest import leading_metrics, yardsticks
 from sim.estimate import MAX_SECONDS, TooBig, estimate
 from sim.loading import load
 from sim.located import nearest
@@ -18,7 +19,7 @@ from sim.sensitive.constants import SPREAD, Constant, assumptions, within_limits
 from sim.sensitive.evaluate import Evaluator
 from sim.sensitive.indices import design, independent, indices
 from sim.sensitive.oneway import FACTOR, Ask, Row, break_evens, ends, reach
-from sim.sensitive.standings import standing, winners
+from sim.sensitive.standings import NOBODY, standing, winners
 from sim.sensitive.vary import parse
 from sim.tokens import F64
 
@@ -40,7 +41,7 @@ def ask(
 ) -> Sensitivity:
     """Return which constants could change what wins. source: a scenario file, plain data or a `Scenario`.
 
-    metric: of `sim.results.metrics_of` (default: the time of a step, or of an output token). vary: ``KEY=±20%``,
+    metric: of `sim.results.metrics_of` (default: `sim.contest.leading_metrics`). vary: ``KEY=±20%``,
     ``KEY=low:high`` or ``KEY``; none: `sim.sensitive.constants.assumptions`. samples: a power of two, 0: one at a time only.
     seed: of the samples; the runs have the scenario's own. Raises ScenarioError, TooBig, or ValueError with one line.
     """
@@ -54,38 +55,43 @@ def ask(
     constants = parse(scenario, vary) if vary else assumptions(scenario, SPREAD)
     if not constants:
         raise ValueError("the scenario has no constant to vary")
-    won_by = _metric(scenario, metric)
-    with Evaluator(scenario, won_by.name, jobs, progress) as evaluator:
+    won_by = leading_metrics(scenario) if metric is None else (_named(scenario, metric),)
+    with Evaluator(scenario, won_by, jobs, progress) as evaluator:
+        known = {one.name: one for one in metrics_of(scenario)}
         return _answer(
-            scenario, evaluator, won_by, constants, competing, left_out, samples, seed, force, screened=not vary
+            scenario,
+            evaluator,
+            known[evaluator.metric],
+            constants,
+            competing,
+            left_out,
+            samples,
+            seed,
+            force,
+            screened=not vary,
         )
 
 
-def _metric(scenario: Scenario, asked: str | None) -> Metric:
-    """The metric to win by. Raises ValueError for one that there is not, or of which neither more nor less is better."""
+def _named(scenario: Scenario, asked: str) -> str:
+    """The metric ``asked`` to win by. Raises ValueError if there is none such, or if neither more nor less of it is better."""
     known = {one.name: one for one in metrics_of(scenario)}
-    if asked is None:
-        served = scenario.serving
-        if served is None:
-            return known["step_time_s"]
-        return known["ttft_mean_s" if all(unit.role == "prefill" for unit in served.units) else "tpot_mean_s"]
     if asked not in known:
         near = nearest(asked, known)
         raise ValueError(f"--metric {asked}: no such metric{f' (did you mean {near}?)' if near else ''}")
     if known[asked].better == "none":
         raise ValueError(f"--metric {asked}: neither more nor less of it is better")
-    return known[asked]
+    return asked
 
 
 def _competing(scenario: Scenario) -> tuple[list[int], list[int]]:
-    """Policies that can win, and floors, whose gates look at nothing: what nobody would deploy."""
-    floors = [i for i, policy in enumerate(scenario.policies) if scenario.model_of(policy).is_moe and policy.select.reads == "nothing"]  # fmt: skip
-    rest = [i for i in range(len(scenario.policies)) if i not in floors]
-    if len(rest) < 2:
-        floors, rest = [], list(range(len(scenario.policies)))
-    if len(rest) < 2:
+    """Numbers of the policies that can win, and of the yardsticks among them that cannot."""
+    names = [policy.name for policy in scenario.policies]
+    left_out = [i for i, name in enumerate(names) if name in yardsticks(scenario)]
+    if len(names) - len(left_out) < 2:
+        left_out = []
+    if len(names) < 2:
         raise ValueError("only one policy: nothing can win or lose")
-    return rest, floors
+    return [i for i in range(len(names)) if i not in left_out], left_out
 
 
 def _answer(
@@ -192,12 +198,16 @@ def _together(
     means = found.mean(axis=2)
     gap = sign * (means[:, runner_up] - means[:, winner])
     who = winners(found, sign)
-    counted = np.bincount(independent(who, len(constants)), minlength=len(names))
+    mine = independent(who, len(constants))
+    counted = np.bincount(mine[mine != NOBODY], minlength=len(names))
     table: dict[str, list[Any]] = {
         f"{i}: {constant.label}": points[:, i].tolist() for i, constant in enumerate(constants)
     }
-    table |= {"independent": independent_flags(len(who), len(constants)), "winner": [names[i] for i in who.tolist()], "gap": gap.tolist()}  # fmt: skip
-    return Together(constants, indices(bounds, gap, seed), int(counted.sum()), tuple(counted.tolist()), table)
+    won = ["" if i == NOBODY else names[i] for i in who.tolist()]
+    table |= {"independent": independent_flags(len(who), len(constants)), "winner": won, "gap": gap.tolist()}
+    without = int(np.isnan(gap).sum())
+    explained = None if without else indices(bounds, gap, seed)
+    return Together(constants, explained, without, len(mine), tuple(counted.tolist()), table)
 
 
 def independent_flags(points: int, inputs: int) -> list[bool]:

@@ -13,7 +13,8 @@ from sim.sensitive.labels import label_of
 from sim.sensitive.places import Path, at, is_transferred, limits, numbers, replaced, transferred
 
 SPREAD = 0.2
-_COSTS = ("cluster", "cost", "stragglers")  # what routing does not depend on
+_COSTS = ("cluster", "cost", "stragglers")  # what routing does not depend on, but for
+_SHAPES = {"nodes", "devices_per_node", "nodes_per_supernode"}
 # Counts and data-sheet facts, which are known, and what is chosen, not assumed.
 _FACTS = {"nodes", "devices_per_node", "devices_per_nic", "memory_bytes", "n_sm", "tile_rows"}
 
@@ -41,13 +42,19 @@ class Constant:
     @property
     def reroutes(self) -> bool:
         """Whether gates may choose otherwise with another value."""
-        return any(_top(key) not in _COSTS for key in self.keys)
+        return any(_top(key) not in _COSTS or key.rsplit(".", 1)[-1] in _SHAPES for key in self.keys)
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is of whole numbers only."""
+        return all(isinstance(value, int) for value in self.values)
 
     def at(self, x: float) -> tuple[float, ...]:
         """The numbers at factor (or value) ``x``; whole ones stay whole."""
-        if self.absolute:
-            return (x,) * len(self.values)
-        return tuple(round(value * x) if isinstance(value, int) else value * x for value in self.values)
+        exact = [x if self.absolute else value * x for value in self.values]
+        return tuple(
+            round(new) if isinstance(value, int) else new for value, new in zip(self.values, exact, strict=True)
+        )
 
 
 def _top(key: str) -> str:
@@ -130,8 +137,10 @@ def assumptions(scenario: Scenario, spread: float = SPREAD) -> list[Constant]:
     for keys in _groups(scenario):
         numbers_of = {key: places[0][1] for key in keys if (places := places_of(scenario, key)) and places[0][1] != 0}
         if numbers_of:
+            first = next(iter(numbers_of))
+            name = first.replace("serving.units.0.", "serving.units.*.") if len(numbers_of) > 1 else first
             constant = Constant(
-                label_of(keys[0], scenario), tuple(numbers_of), tuple(numbers_of.values()), 1 - spread, 1 + spread
+                label_of(name, scenario), tuple(numbers_of), tuple(numbers_of.values()), 1 - spread, 1 + spread
             )
             low, high = within_limits(scenario, constant, constant.low, constant.high)
             found.append(replace(constant, low=low, high=high))

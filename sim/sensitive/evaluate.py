@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from sim.checks import problems
 from sim.estimate import estimate
+from sim.located import Problem, ScenarioError
 from sim.results import Table, per_replica
 from sim.scenario import Scenario
 from sim.sensitive.constants import Constant, applied
@@ -66,10 +68,19 @@ def _run(task: _Task) -> list[F64]:
     found, routed = [], task.routed
     for point in task.points:
         scenario = applied(task.scenario, task.constants, point)
+        if task.routed is None:
+            _refuse(scenario, task.constants, point)
         if routed is None and _separable(scenario):
             routed = _routed(scenario)
         found.append(_values(scenario, task, routed))
     return found
+
+
+def _refuse(scenario: Scenario, constants: Sequence[Constant], point: Point) -> None:
+    """Raise ScenarioError for a point that does not fit together though each of its constants does alone."""
+    for path, rule in problems(scenario):
+        moved = [f"{c.keys[0]}={c.at(x)[0]:.6g}" for c, x in zip(constants, point, strict=True) if x != c.stated]
+        raise ScenarioError([Problem(f"with {', '.join(moved)}", ".".join(map(str, path)), rule)])
 
 
 def _separable(scenario: Scenario) -> bool:
@@ -84,20 +95,23 @@ class Evaluator:
     """``values`` of a scenario's metric at points; a context manager that holds the processes. Results do not depend on how
     many there are, nor on what was asked before.
 
-    stated: the metric [policies, replicas] as things are. asked: points evaluated. seconds: of timing one (of a whole run,
+    metric: the first of ``metrics`` that any policy has, else the last. stated: the metric [policies, replicas] as things are. asked: points evaluated. seconds: of timing one (of a whole run,
     where routing and timing are not two stages), measured: it decides on processes, and so on no result.
     """
 
-    def __init__(self, scenario: Scenario, metric: str, jobs: int | None, progress: bool) -> None:
+    def __init__(self, scenario: Scenario, metrics: Sequence[str], jobs: int | None, progress: bool) -> None:
         # Both engines give the same integers; the recurrence is quicker.
         quick = {"schedule": scenario.schedule.model_copy(update={"engine": "max_plus"})}
-        self.scenario, self.metric, self.progress = scenario.model_copy(update=quick), metric, progress
+        self.scenario, self.progress = scenario.model_copy(update=quick), progress
         small = estimate(self.scenario).seconds <= WORTH_A_PROCESS_S
         self.routed = _routed(self.scenario, 1 if small else jobs, progress) if _separable(self.scenario) else None
-        task = _Task(self.scenario, (), ((),), metric, False, self.routed)
         self.rows_only = False
-        started = time.monotonic()
-        self.stated = _run(task)[0]
+        for self.metric in metrics:
+            task = _Task(self.scenario, (), ((),), self.metric, False, self.routed)
+            started = time.monotonic()
+            self.stated = _run(task)[0]
+            if not np.isnan(self.stated).all():
+                break
         if self.routed is not None:
             started = time.monotonic()
             few = _run(dataclasses.replace(task, rows_only=True))[0]

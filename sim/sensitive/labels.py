@@ -66,6 +66,8 @@ def label_of(key: str, scenario: Scenario) -> str:
         return f"{of}{name} {word}"
     if parts[0] == "cost" and len(parts) > 2:
         return word if parts[1] == "communication" else f"{parts[1]} law: {word}"
+    if parts[:2] == ["serving", "units"] and scenario.serving is not None and parts[2].isdecimal():
+        return f"{scenario.serving.units[int(parts[2])].name}: {word}"
     if parts[0] == "stragglers":
         return f"{word} of straggler {parts[1]}"
     if parts[0] in ("cluster", "traffic", "policies", "serving"):

@@ -13,7 +13,7 @@ from sim.aligned import grid
 from sim.sensitive.answer import Sensitivity
 from sim.sensitive.constants import SPREAD, Constant
 from sim.sensitive.oneway import BreakEven, Row
-from sim.sensitive.standings import Standing
+from sim.sensitive.standings import NOBODY, Standing
 from sim.store import atomic_folder, resolved_data, versions, write_csv, write_parquet
 from sim.units import human
 
@@ -32,10 +32,12 @@ def text(found: Sensitivity) -> str:
     elif math.isnan(stated.half_width):
         lines.append("one replica, so leads have no intervals (--replicas N)")
     if found.left_out:
-        lines.append(f"left out, since its gate looks at nothing: {', '.join(found.left_out)}")
+        lines.append(f"left out, since nobody would deploy it: {', '.join(found.left_out)}")
     parts = [part for line in lines for part in _wrapped(line)]
     if found.rows:
         parts += ["", *_ends(found)]
+    if killing := _killing(found):
+        parts += ["", *_wrapped(f"kills {found.metric.name}: {'; '.join(killing)}")]
     if found.without_effect:
         quiet = f"no effect at either end: {', '.join(row.constant.label for row in found.without_effect)}"
         parts += ["", *_wrapped(quiet)]
@@ -48,7 +50,21 @@ def _wrapped(line: str) -> list[str]:
     return textwrap.wrap(line, 120, subsequent_indent="  ", break_on_hyphens=False)
 
 
+def _killing(found: Sensitivity) -> list[str]:
+    """Constants that leave policies without the metric, with the end and the policies."""
+    told = []
+    for row in found.rows:
+        for end, killed in zip(("low", "high"), row.killed, strict=True):
+            if killed:
+                told.append(f"{row.constant.label} at its {end} end, of {', '.join(found.policies[i] for i in killed)}")
+    return told
+
+
 def _percent(one: Standing) -> str:
+    if one.winner == NOBODY:
+        return "nobody has one"
+    if math.isinf(one.ahead):
+        return "alone"
     text = f"{100 * one.ahead:.2g} %"
     return text if math.isnan(one.half_width) else f"{text} ±{100 * one.ahead_half_width:.2g}"
 
@@ -60,7 +76,7 @@ def _ends(found: Sensitivity) -> list[str]:
     cells = []
     for row in shown:
         ends = [
-            _percent(end) if end.winner == winner else f"{found.policies[end.winner]} {_percent(end)}"
+            _percent(end) if end.winner in (winner, NOBODY) else f"{found.policies[end.winner]} {_percent(end)}"
             for end in (row.low, row.high)
         ]
         cells.append(
@@ -112,7 +128,12 @@ def _factors(row: Row, policies: tuple[str, ...]) -> str:
 def _together(found: Sensitivity) -> list[str]:
     together, names = found.together, found.policies
     assert together is not None
+    pair = f"{names[found.stated.winner]} and {names[found.stated.runner_up]}"
     table = together.indices
+    if table is None:
+        n = len(together.table["gap"])
+        why = f"no Sobol indices: at {together.without} of {n} points {pair} do not both have a {found.metric.name}"
+        return ["all at once", *_wrapped(why)]
     order = sorted(range(len(together.constants)), key=lambda i: (-table.total[i], i))
     rows = [
         [
@@ -123,7 +144,6 @@ def _together(found: Sensitivity) -> list[str]:
         for i in order[:_MOST]
     ]
     lines = ["all at once", *grid(["constant", "first-order index", "total index"], rows)]
-    pair = f"{names[found.stated.winner]} and {names[found.stated.runner_up]}"
     note = (
         f"Sobol indices of the gap between {pair}: shares of its variance over {together.samples} independent samples (and "
         f"the points between), uniform within the ranges; ± 95 % by bootstrap"
@@ -140,7 +160,8 @@ def write(found: Sensitivity, folder: str | os.PathLike[str], asked: dict[str, A
     with atomic_folder(path) as work:
         write_csv(work / "one_at_a_time.csv", found.one_at_a_time_table())
         if found.together is not None:
-            write_csv(work / "indices.csv", found.indices_table())
+            if found.together.indices is not None:
+                write_csv(work / "indices.csv", found.indices_table())
             write_parquet(work / "samples.parquet", found.together.table)
         definition = asked | {
             "metric": found.metric.name,

@@ -28,10 +28,15 @@ def parse(scenario: Scenario, texts: Sequence[str], spread: float = SPREAD) -> l
             bad += error.problems
     if bad:
         raise ScenarioError(bad)
-    return found
+    # What is one assumption by default may be asked about piece by piece.
+    keys: dict[str, set[tuple[str, ...]]] = {}
+    for one in found:
+        keys.setdefault(one.label, set()).add(one.keys)
+    return [replace(one, label=one.keys[0]) if len(keys[one.label]) > 1 else one for one in found]
 
 
 _PERCENT = re.compile(r"(?:±|\+-|\+/-)?\s*(\d+\.?\d*|\.\d+)\s*%")
+_COUNTS = 64
 _RANGE = re.compile(r"([^:]+):([^:]+)")
 
 
@@ -56,7 +61,7 @@ def _parsed(scenario: Scenario, text: str, spread: float) -> Constant:
         raise refused("is 0, of which no percentage is anything: give a range, KEY=low:high")
     if not constant.low < constant.high:
         raise refused("low must be below high")
-    for x in (constant.low, constant.high):
+    for x in _tried(constant):
         if not allowed(scenario, constant, x):
             sets = [f"{k}={v!r}" for k, v in zip(constant.keys, constant.at(x), strict=True)]
             raise refused(f"the scenario refuses {sets[0]}: {_why(scenario, sets)}")
@@ -73,9 +78,23 @@ def _ranged(constant: Constant, given: str, refused: Callable[[str], ScenarioErr
     if len(set(constant.values)) > 1:
         raise refused("stands for several numbers that differ: give a percentage")
     base = constant.values[0]
+    if not low < high:
+        raise refused("low must be below high")
     if base == 0:
         return replace(constant, low=low, high=high, absolute=True)
-    return replace(constant, low=low / base, high=high / base)
+    low, high = sorted((low / base, high / base))  # of a negative base the lower number is the larger factor
+    return replace(constant, low=low, high=high)
+
+
+def _tried(constant: Constant) -> list[float]:
+    """Points of the range to ask the scenario about: its ends, and of a count, of which what lies between may be refused as
+    well, the first `_COUNTS` whole numbers."""
+    found = [constant.low, constant.high]
+    if constant.whole and constant.reroutes and len(set(constant.values)) == 1:
+        base, (first, last) = constant.values[0], sorted(constant.at(x)[0] for x in found)
+        between = range(int(first) + 1, min(int(last), int(first) + _COUNTS))
+        found += [n if constant.absolute else n / base for n in between]
+    return found
 
 
 def _refuse_unknown(scenario: Scenario, key: str, text: str) -> None:

@@ -33,22 +33,23 @@ def variance(values: npt.ArrayLike) -> float:
     return (math.fsum(centred * centred) - math.fsum(centred) ** 2 / n) / (n - 1)
 
 
-def t_quantile(freedom: int) -> float:
-    """Return the half-width of a 95 % interval in standard errors, of Student's t with ``freedom`` degrees of freedom."""
+def t_quantile(freedom: int, level: float = LEVEL) -> float:
+    """Return the half-width of a ``level`` interval in standard errors, of Student's t with ``freedom`` degrees of freedom."""
     from scipy.special import stdtrit
 
-    return float(stdtrit(freedom, 0.5 + LEVEL / 2))
+    return float(stdtrit(freedom, 0.5 + level / 2))
 
 
-def half_width(values: npt.ArrayLike) -> float:
-    """Return the half-width of the 95 % t-interval of the mean of ``values`` [n]; NaN for fewer than two, or with a NaN."""
+def half_width(values: npt.ArrayLike, level: float = LEVEL) -> float:
+    """Return the half-width of the t-interval of the mean of ``values`` [n], 95 % by default; NaN for fewer than two, or with
+    a NaN."""
     x = np.asarray(values, dtype=np.float64)
     n = len(x)
     if n < 2 or np.isnan(x).any():
         return math.nan
     if np.ptp(x) == 0:
         return 0.0
-    return t_quantile(n - 1) * math.sqrt(variance(x) / n)
+    return t_quantile(n - 1, level) * math.sqrt(variance(x) / n)
 
 
 def paired(one: F64, other: F64) -> Paired:

@@ -78,12 +78,18 @@ def from_block(document: Document, vary: Mapping[str, Any]) -> list[Varied]:
 
 
 def _varied(key: str, values: Any, mark: Mark) -> Varied:
+    if not isinstance(key, str):
+        raise ValueError(f"vary: keys must be text such as 'cluster.nodes' [got {short(key)}]")
     path = parse_key(key, str(mark))
     name = "" if mark.line == 0 else f"sweep.vary.{key}"
 
     def refuse(rule: str, got: str = "") -> ScenarioError:
         return ScenarioError([Problem(str(mark), name, rule, got)])
 
+    if path[0] == "sweep":
+        raise refuse("is of the sweep itself, not of its points")
+    if isinstance(values, set | frozenset):
+        raise refuse("a set has no order: give a list", short(values))
     try:
         if isinstance(values, str):
             values = _parsed(values, mark)
@@ -113,16 +119,23 @@ def _varied(key: str, values: Any, mark: Mark) -> Varied:
 def _parsed(text: str, mark: Mark) -> Any:
     if found := _RANGE.fullmatch(text):
         low, high, third = found.groups()
-        step = None if third in (None, "log") else _number(third)
-        return {"low": _number(low), "high": _number(high), "step": step, "log": third == "log"}
+        start = _number(low)
+        whole = isinstance(start, int)
+        step = None if third in (None, "log") else _number(third, whole)
+        return {"low": start, "high": _number(high, whole), "step": step, "log": third == "log"}
     if not text.strip():
         return ()
     tree = parse_yaml(f"[{text}]", mark) or Node([], mark)
+    parse_yaml(f"[{text}\n]", mark)  # fails where the text closes the bracket itself and a comment hides the other
     return to_plain(tree)
 
 
-def _number(text: str) -> int | float:
-    return int(text) if re.fullmatch(r"[-+]?\d+", text) else float(text)
+def _number(text: str, whole: bool = False) -> int | float:
+    """Read a number. whole: that of a range which begins with a whole number: 1e9 is one too, and 1.0 is none."""
+    if re.fullmatch(r"[-+]?\d+", text):
+        return int(text)
+    value = float(text)
+    return int(value) if whole and "." not in text and value.is_integer() else value
 
 
 def _range(key: str, values: Range) -> Axis:

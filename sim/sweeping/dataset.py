@@ -61,7 +61,7 @@ def write(folder: Path, point: int, table: pa.Table) -> None:
     import pyarrow.parquet as pq
 
     def fill(path: Path) -> None:
-        pq.write_table(table, path, compression="zstd")
+        pq.write_table(table, path, compression="zstd", write_page_checksum=True)
 
     put(folder, place(folder, point), fill)
 
@@ -83,28 +83,31 @@ STRAY = ".part."
 def done(folder: Path, point: int, schema: pa.Schema, rows: int) -> bool:
     """Whether the point's part is there, whole, and what it should be."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    path = place(folder, point)
     try:
-        with pq.ParquetFile(path) as file:
-            found: bool = file.metadata.num_rows == rows and file.schema_arrow.equals(schema)
+        found = read_part(folder, point)
     except (OSError, pa.ArrowException):
         return False
-    return found
+    return len(found) == rows and bool(found.schema.equals(schema))
+
+
+def read_part(folder: Path, point: int) -> pa.Table:
+    """Return a part, all pages of it checked. Raises OSError and ArrowException."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(place(folder, point), page_checksum_verification=True) as file:
+        return file.read()
 
 
 def read(folder: Path, points: Sequence[int], schema: pa.Schema) -> pa.Table:
     """Return the parts of ``points`` that are there; see `joined`. Raises ValueError for a damaged one."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     found: dict[int, pa.Table] = {}
     for point in points:
         path = place(folder, point)
         try:
-            with pq.ParquetFile(path) as file:
-                found[point] = file.read()
+            found[point] = read_part(folder, point)
         except FileNotFoundError:
             continue
         except (OSError, pa.ArrowException) as error:

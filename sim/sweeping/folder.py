@@ -14,7 +14,7 @@ from typing import Any
 
 from sim.store import check_writable
 from sim.sweeping import dataset
-from sim.sweeping.manifest import definition, differences
+from sim.sweeping.manifest import FORMAT, definition, differences
 from sim.sweeping.points import Plan
 
 SHOWN = 20  # differences
@@ -126,16 +126,14 @@ def _write(plan: Plan, folder: Path, new: dict[str, Any]) -> None:
 
 
 def _compare(folder: Path, new: dict[str, Any]) -> None:
-    old = read_definition(folder)
-    if old.get("format") != new["format"]:
-        raise Refused(f"{folder}: was written by another version of gatesim: choose another --name")
-    found = differences(old, json.loads(json.dumps(new)))
+    found = differences(read_definition(folder), json.loads(json.dumps(new)))
     if found:
         raise changed(folder, "sweep", found)
 
 
 def read_definition(folder: Path) -> dict[str, Any]:
-    """Return what ``sweep.json`` says. Raises FileNotFoundError, and ValueError for a damaged one."""
+    """Return what ``sweep.json`` says. Raises FileNotFoundError, and ValueError for a damaged one or that of another
+    version."""
     path = folder / "sweep.json"
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -143,4 +141,26 @@ def read_definition(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: damaged: {error}") from None
     if not isinstance(data, dict) or "runs" not in data:
         raise ValueError(f"{path}: is no sweep")
+    if data.get("format", FORMAT) != FORMAT:
+        raise ValueError(f"{folder}: was written by another version of gatesim: choose another --name")
+    if wrong := [key for key in _KINDS if not _sound(data, key)]:
+        raise ValueError(f"{path}: damaged: {', '.join(wrong)}: missing or not what it should be")
     return data
+
+
+_KINDS = {"scenario": dict, "traces": dict, "axes": dict, "metrics": list, "policies": list, "runs": list}
+
+
+def _sound(data: dict[str, Any], key: str) -> bool:
+    """Whether a part of a definition has the form that it should have."""
+    value = data.get(key)
+    if key != "runs":
+        return isinstance(value, _KINDS[key])
+    axes = data["axes"] if isinstance(data.get("axes"), dict) else {}
+    return isinstance(value, list) and all(
+        isinstance(run, dict)
+        and isinstance(run.get("point"), int)
+        and isinstance(run.get("values"), dict)
+        and run["values"].keys() == axes.keys()
+        for run in value
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,22 +11,20 @@ from sim.designs import Axis
 from sim.located import short
 from sim.store import resolved_data
 from sim.sweeping.points import Plan
+from sim.sweeping.traces import traces
 
 FORMAT = 1
-_TRACES = ("traffic.path", "serving.requests.path")
 
 
 def definition(plan: Plan) -> dict[str, Any]:
     """Return the sweep as plain data."""
     from importlib.metadata import version
 
-    scenario, serving = plan.scenario, plan.scenario.serving
-    prints = (scenario.traffic.fingerprint(), "" if serving is None else serving.requests.fingerprint())
     keys = [axis.key for axis in plan.axes]
     return {
         "format": FORMAT,
-        "scenario": resolved_data(scenario),
-        "traces": {key: found for key, found in zip(_TRACES, prints, strict=True) if found},
+        "scenario": resolved_data(plan.scenario),
+        "traces": {key: found for key, (_, found) in traces(plan.scenario).items() if found},
         "axes": {axis.key: _axis(axis) for axis in plan.axes},
         "design": plan.block.design.model_dump(mode="json"),
         "points": plan.block.points,
@@ -50,21 +49,23 @@ def _axis(axis: Axis) -> dict[str, Any]:
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Return what differs between two definitions, key by key: ``policies.1.select.topk_group: 4 -> 2``.
 
-    Of a recorded trace the content counts, not its place.
+    Type and value count: 1 is not 1.0. Of a recorded trace the content counts, not its place.
     """
     before, after = dict(_flat(old, ())), dict(_flat(new, ()))
     found = []
     for path in dict.fromkeys([*before, *after]):
-        if before.get(path) == after.get(path) or path[0] == "runs":
+        if _text(before.get(path)) == _text(after.get(path)) or path[0] == "runs":
             continue
         key = ".".join(path[1:] if path[0] == "scenario" else path)
-        if path[0] == "scenario" and key in _TRACES and key in old.get("traces", {}) and key in new["traces"]:
+        if path[0] == "scenario" and key in old.get("traces", {}) and key in new["traces"]:
             continue
         found.append(f"{key}: {_said(before, path)} -> {_said(after, path)}")
     if found:
         return found
+    if len(old["runs"]) != len(new["runs"]):
+        return [f"runs: {len(old['runs'])} -> {len(new['runs'])}"]
     for a, b in zip(old["runs"], new["runs"], strict=True):
-        if a != b:
+        if _text(a) != _text(b):
             named = ", ".join(f"{key} = {short(value)}" for key, value in a["values"].items())
             what = (
                 "its scenario, or a file that it names, has changed"
@@ -73,6 +74,10 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
             )
             found.append(f"point {a['point']} ({named}): {what}")
     return found
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
 
 
 def _flat(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:

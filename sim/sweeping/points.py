@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -156,7 +157,13 @@ def _point(
                 expected=estimate(scenario),
             ), []
         problems = [Problem("sweep", "serving", "some points serve requests and some do not: make two sweeps")]
-    return Point(index, values, skipped="; ".join(map(str, problems))), problems
+    return Point(index, values, skipped="; ".join(map(_reason, problems))), problems
+
+
+def _reason(problem: Problem) -> str:
+    """A problem as it is anywhere: without the line that it was found at."""
+    in_file = re.search(r":\d+:\d+$", problem.where)
+    return str(problem._replace(where="" if problem.path or in_file else problem.where)).removeprefix(": ")
 
 
 def _grouped(plan: Plan, problem: Problem, at: dict[int, list[str]]) -> str:

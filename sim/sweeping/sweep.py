@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from sim.results import Metric, Table, compared, metrics_of
 from sim.scenario import Scenario
 from sim.sweeping import dataset
@@ -76,7 +78,12 @@ def read(folder: str | os.PathLike[str]) -> Sweep:
     """Read the folder of a sweep, finished or not. Raises FileNotFoundError, and ValueError for a damaged one."""
     place = Path(folder)
     data = read_definition(place)
-    scenario = Scenario.model_validate(data["scenario"])
+    try:
+        scenario = Scenario.model_validate(data["scenario"])
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, ("scenario", *first["loc"])))
+        raise ValueError(f"{place / 'sweep.json'}: damaged: {where}: {first['msg']}") from None
     rows = [run for run in data["runs"] if "run" in run]
     axes = {key: column(run["values"][key] for run in data["runs"]) for key in data["axes"]}
     table = dataset.read(place, [run["point"] for run in rows], dataset.schema(axes, data["metrics"]))

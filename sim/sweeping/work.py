@@ -163,7 +163,8 @@ class _Items(Sequence[Any]):
         return len(self.todo)
 
     def __getitem__(self, index: Any) -> Any:
-        return index, json.loads(self.todo[index][0].data)
+        point = self.todo[index][0]
+        return index, json.loads(point.data), point.run
 
 
 @contextmanager
