@@ -108,8 +108,9 @@ def points(source: Any, names: list[str]) -> Points:
             table[metric.name] = rows["mean"].to_numpy(float) * metric.scale
             table[f"{metric.name}_half"] = rows["half_width"].to_numpy(float) * metric.scale
         return Points(table, policies, [])
-    axes = [key for key, values in source.axes.items() if len(values) > 1]
-    return Points(by_group(runs_of(source), ["point", *axes, "policy"], metrics), list(source.policies), axes)
+    runs = runs_of(source)
+    axes = [key for key in source.axes if runs[key].nunique() > 1]
+    return Points(by_group(runs, ["point", *axes, "policy"], metrics), list(source.policies), axes)
 
 
 def runs_of(sweep: Any) -> pd.DataFrame:

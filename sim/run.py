@@ -15,6 +15,10 @@ from sim.console import guarded
 INTERRUPTED = 130
 
 
+LONG_S = 30.0
+"""A run that is expected to last longer says so, whoever listens."""
+
+
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m sim.run",
@@ -128,10 +132,9 @@ def _run(scenario: Any, args: argparse.Namespace, expected: Any) -> int:
     if args.out != "-":
         check_writable(args.out)
     started = time.monotonic()
-    show = not args.quiet and sys.stderr.isatty()
-    if show:
+    if not args.quiet and (sys.stderr.isatty() or expected.seconds > LONG_S):
         print(f"{scenario.name}: {expected}", file=sys.stderr)
-    result = simulate(scenario, args.jobs, expected, progress=show, record=args.timeline)
+    result = simulate(scenario, args.jobs, expected, progress=not args.quiet, record=args.timeline)
     try:
         if args.out != "-":
             folder = write(result, args.out, time.monotonic() - started)

@@ -27,13 +27,24 @@ def processes(asked: int | None, tasks: int, expected: Estimate) -> int:
 
 
 def watched(items: Iterable[B], total: int, label: str, progress: bool) -> Iterator[B]:
-    """Yield ``items``, with a bar on stderr if ``progress`` is to be seen."""
+    """Yield ``items``, with a bar on stderr if ``progress`` is to be seen; where no terminal shows it, a line every half
+    minute."""
     if not progress:
         yield from items
         return
     from tqdm import tqdm
 
-    yield from tqdm(items, total=total, desc=label, file=sys.stderr, leave=False, unit="task")
+    quiet_s = 0.0 if sys.stderr.isatty() else 30.0
+    yield from tqdm(
+        items,
+        total=total,
+        desc=label,
+        file=sys.stderr,
+        leave=False,
+        unit="task",
+        delay=quiet_s,
+        mininterval=max(0.1, quiet_s),
+    )
 
 
 class Workers:

@@ -28,6 +28,7 @@ from sim.optimizing.space import Place
 from sim.results import Result
 from sim.statistics import half_width
 from sim.validation import Figure as Row
+from tests.drawings import apart, drawn
 from tests.made_up import KEPT, MEMORY, METRIC, POLICIES, TIME, TINY, asked, sweep
 
 
@@ -71,6 +72,12 @@ def test_an_axis_of_numbers_and_names_keeps_the_order_of_the_sweep() -> None:
         found.runs["a"].map(str)[::-1].reset_index(drop=True)
     )  # as the data set holds it, last point first
     assert sweeps.axes_of(found) == {"a": ["8", "auto", "2"]}
+
+
+def test_an_axis_of_which_one_value_ran_names_no_points() -> None:
+    found = sweep({"a": [1, 2], "b": [1, 2]})
+    found.runs = found.runs[found.runs.b == 2]
+    assert points(found, ["step_time_s"]).axes == ["a"]
 
 
 @pytest.mark.parametrize(
@@ -174,6 +181,14 @@ def test_a_search_shows_limits_intervals_and_its_step_line_in_the_units_of_the_a
     assert max(heights) == pytest.approx(2 * half)
     assert max(float(np.ptp(end[:, 0])) for end in ends) == pytest.approx(2 * half_width(np.array([1.0, 1.2])))
     assert left < 1.1 and bottom < 30
+
+
+@pytest.mark.parametrize("width_in", [7.0, 3.5])
+def test_a_long_label_fits_above_a_short_legend(width_in: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = [((1,), {"step_time_s": [t], "max_vio_batch": [v]}) for t, v in ((1e-3, 1.0), (2e-3, 0.5))]
+    goals = TIME, Goal(METRIC["max_vio_batch"], False)
+    figure = fronts.search(front(figures, goals, axes=("nodes",)), width_in=width_in)
+    apart(figure, drawn(figure, monkeypatch))
 
 
 def test_a_goal_to_raise_turns_the_step_line() -> None:

@@ -201,7 +201,7 @@ def test_the_conclusion_cites_break_evens_of_the_range_and_where_it_was_sought(s
     assert told(scenario, [quiet]).conclusion == "No constant alone overturns a within its range."
     cut = Row(constant(), first, first, 0.1, None, None, (0.5, 1.2))
     assert told(scenario, [quiet, cut]).conclusion == (
-        "No constant alone overturns a within its range, nor where it was sought beyond (1 of 2) up to a factor of 2."
+        "No constant alone overturns a within its range, nor beyond it, where it was sought up to a factor of 2 (1 of 2 constants)."
     )
 
 

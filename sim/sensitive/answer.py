@@ -155,8 +155,8 @@ class Sensitivity:
         if not beyond:
             return ""
         most = max(max(x, 1 / x) for row in beyond for x in row.sought if x > 0)
-        which = "" if len(beyond) == len(rows) else f" ({len(beyond)} of {len(rows)})"
-        return f", nor where it was sought beyond{which} up to a factor of {most:.3g}"
+        which = "" if len(beyond) == len(rows) else f" ({len(beyond)} of {len(rows)} constants)"
+        return f", nor beyond it, where it was sought up to a factor of {most:.3g}{which}"
 
     def _break_even(self, one: BreakEven | None) -> str:
         return "" if one is None else f" (from x{one.factor:.3g}: {self.policies[one.winner]})"
