@@ -32,6 +32,10 @@ class Unfit(ValueError):
     """A result of this kind has no data for this figure."""
 
 
+class NoColumn(KeyError):
+    """A table of a result of this kind lacks a column that this figure needs."""
+
+
 def policy_names(result: Result) -> list[str]:
     return [policy.name for policy in result.scenario.policies]
 
@@ -74,10 +78,10 @@ def by_policy(result: Result, metric: str) -> pd.DataFrame:
 
 
 def need(table: pd.DataFrame, name: str, columns: Sequence[str]) -> None:
-    """Raise KeyError if ``table`` lacks one of ``columns``."""
+    """Raise NoColumn, a KeyError, if ``table`` lacks one of ``columns``."""
     missing = [column for column in columns if column not in table]
     if missing:
-        raise KeyError(f"table {name!r} has no column {missing[0]!r}; it has {', '.join(table.columns) or 'none'}")
+        raise NoColumn(f"table {name!r} has no column {missing[0]!r}; it has {', '.join(table.columns) or 'none'}")
 
 
 def filled(result: Result, name: str, columns: Sequence[str], hint: str) -> pd.DataFrame:

@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog=PROGRAM,
         description="Say which assumptions could change the winner: each constant by itself, how far off it would have to be, "
-        "and all at once (Sobol indices). Without --vary: every rate, latency and strength that the scenario assumes, ±20 %%.",
+        "and all at once (Sobol indices). Without --vary: every rate, latency and strength that the scenario assumes, ±20 %.",
         epilog="exit status: 0 done (whatever the answer), 1 internal error, 2 bad input, 130 interrupted",
     )
     p.add_argument("file", metavar="FILE", help="scenario YAML, e.g. scenarios/tiny.yaml")
@@ -69,7 +69,7 @@ def _main(args: argparse.Namespace) -> int:
         found = ask(
             args.file, metric=args.metric, vary=args.vary, overrides=overrides, samples=args.samples, seed=args.seed,
             jobs=args.jobs, force=args.force, allow_outside=args.allow_outside,
-            progress=not args.quiet and sys.stderr.isatty(),
+            progress=not args.quiet,
         )  # fmt: skip
     except ScenarioError as error:
         print(error, file=sys.stderr)

@@ -361,7 +361,7 @@ def test_what_a_search_takes_is_that_of_places_drawn(small: str) -> None:
         return work._expected(asked).seconds
 
     assert seconds({"cluster.nodes": "2:400"}, 200) == pytest.approx(2 * seconds({"cluster.nodes": "2:400"}, 100))
-    assert seconds({"traffic.tokens_per_rank": [64000]}, 100) > 4 * seconds({"traffic.tokens_per_rank": [64]}, 100)
+    assert seconds({"traffic.tokens_per_rank": [64000]}, 100) > 2 * seconds({"traffic.tokens_per_rank": [64]}, 100)
     assert seconds({"cluster.nodes": [2]}, 4) == seconds({"cluster.nodes": [2]}, 100), "there are no more"
 
 
@@ -527,7 +527,7 @@ def test_what_cannot_start_removes_nothing(
     small: str, place: Path, stops: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Neither does an interrupt at any moment of --overwrite leave a folder that no option takes."""
-    goals = ["--minimize", "step_time_s", "--jobs", "1"]
+    goals = ["--minimize", "step_time_s", "--jobs", "1", "--trials", "3"]
     assert go(small, *goals) == 0
     folder = place / "results" / "small" / "optimize"
     before = hashes(folder)

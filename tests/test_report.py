@@ -302,7 +302,7 @@ def test_a_policy_without_the_figure_is_named() -> None:
     assert answer.winners == ("a",) and "no other policy" not in " ".join(answer.sentences)
     assert "No other candidate has one" in answer.sentences[0]
     assert answer.asides == ("lost: not compared, for lack of a value of “step” in every replica.",)
-    three = verdict(with_times({"lost": [math.nan, 1.0], "a": [1.0, 1.1], "b": [2.0, 2.1], "c": [3.0, 3.1]}))
+    three = verdict(with_times({"lost": [math.nan, 1.0], "c": [3.0, 3.1], "a": [1.0, 1.1], "b": [2.0, 2.1]}))
     assert three.winners == ("a",) and "first policy" not in " ".join(three.sentences)
 
 

@@ -133,7 +133,7 @@ def drawings(result: Result) -> list[Drawing]:
     import matplotlib.pyplot as plt
 
     from analysis import figures
-    from analysis.style import Unfit
+    from analysis.style import NoColumn, Unfit
 
     found = []
     for name, (title, caption) in SHOWN.items():
@@ -148,7 +148,7 @@ def drawings(result: Result) -> list[Drawing]:
                 wide = _svg(draw, result, WIDE_IN, f"{name}-w", label)
                 sized = "width_in" in inspect.signature(draw).parameters
                 narrow = _svg(draw, result, NARROW_IN, f"{name}-n", label) if sized else ""
-            except Unfit:
+            except (Unfit, NoColumn):
                 continue
             finally:
                 plt.close("all")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from sim.sensitive.oneway import FACTOR, Ask, Row, break_evens, ends, reach
 from sim.sensitive.standings import NOBODY, standing, winners
 from sim.sensitive.vary import parse
 from sim.tokens import F64
+from sim.units import human
 
 SAMPLES = 32
 
@@ -160,6 +162,13 @@ def _affordable(evaluator: Evaluator, constants: Sequence[Constant], samples: in
             f"{MAX_SECONDS / 3600:g}: fewer --samples, fewer constants (--vary), or fewer traffic.tokens_per_rank"
         )
         raise TooBig(dataclasses.replace(whole, seconds=seconds, reason=reason))
+    if evaluator.progress:
+        again = f", of them {routings} with tokens routed again" if routings else ""
+        print(
+            f"{evaluator.scenario.name}: {len(constants)} constants, about {timings} evaluations{again}: "
+            f"{human(seconds, 's')} on one core",
+            file=sys.stderr,
+        )
     evaluator.grow(timings)
 
 
