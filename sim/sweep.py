@@ -103,6 +103,8 @@ def _main(args: argparse.Namespace) -> int:
     folder = None if args.out == "-" else named(args.out, plan.scenario.name, args.name)
     if not args.quiet:
         print(f"{plan.scenario.name}: {_count(plan)}", file=sys.stderr)
+        if args.resume and folder and not folder.exists():
+            print(f"{folder}: nothing to resume, the sweep begins", file=sys.stderr)
     try:
         sweep = run(
             plan,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from sim.aligned import grid
+from sim.contest import yardsticks
 from sim.report.grids import LEADING, Value, against_first, number
 from sim.results import Metric
 from sim.sweeping import Sweep
@@ -34,7 +36,7 @@ def table(sweep: Sweep, rows: int = ROWS) -> str:
     found = _rows(sweep, [leading, *(metric for metric in beside if metric.name != leading.name)])
     notes: list[str] = []
     if len(found) > rows:
-        text, notes = _side_by_side(sweep, found, leading, rows)
+        text, notes = _side_by_side(sweep, found, leading, beside, rows)
     else:
         text = _all(sweep, found, leading, [metric.name for metric in beside])
     if averaged := _averaged(sweep):
@@ -79,18 +81,33 @@ def _all(sweep: Sweep, shown: list[Row], leading: Metric, beside: list[str]) -> 
     return grid(head, lines, left=(0, len(sweep.axes)))
 
 
-def _side_by_side(sweep: Sweep, found: list[Row], leading: Metric, rows: int) -> tuple[list[str], list[str]]:
+def _side_by_side(
+    sweep: Sweep, found: list[Row], leading: Metric, beside: Sequence[Metric], rows: int
+) -> tuple[list[str], list[str]]:
     """A line for each point: its policies' leading figure, the best one marked; and notes. Of many points the best."""
     points: dict[int, dict[str, Row]] = {}
     for row in found:
         points.setdefault(row.point, {})[row.policy] = row
-    best = {point: min(of.values(), key=lambda row: _rank(row, leading)) for point, of in points.items()}
+    blind = yardsticks(sweep.scenario) if len(sweep.policies) > 1 else frozenset()
+    best = {
+        point: min(
+            [row for name, row in of.items() if name not in blind] or of.values(), key=lambda row: _rank(row, leading)
+        )
+        for point, of in points.items()
+    }
+    said = [
+        metric
+        for metric in beside
+        if metric.name != leading.name and any(not math.isnan(row.values[metric.name].mean) for row in best.values())
+    ]
     order = list(points)
     notes = [f"{leading.label} of every policy"]
     if len(points) > rows:
         order = sorted(order, key=lambda point: _rank(best[point], leading))[:rows]
         notes = [f"The {rows} points of {len(points)} with the best {leading.label}"]
-    notes = [notes[0] + ", * the best of its point; other figures and all rows are in the data set."]
+    notes = [
+        notes[0] + ", * the best of its point, with what it keeps; other figures and all rows are in the data set."
+    ]
     policies = sweep.policies
     if len(policies) > POLICIES:
         wins = {name: sum(row.policy == name for row in best.values()) for name in policies}
@@ -108,8 +125,9 @@ def _side_by_side(sweep: Sweep, found: list[Row], leading: Metric, rows: int) ->
                 continue
             row = points[point][name]
             cells.append(_cell(row.values[leading.name], leading) + (" *" if row is best[point] else "  "))
-        lines.append(cells)
-    return grid([*short_keys(list(sweep.axes)), *policies], lines), notes
+        lines.append([*cells, *(_cell(best[point].values[metric.name], metric) for metric in said)])
+    head = [*short_keys(list(sweep.axes)), *policies, *(f"{metric.label} of *" for metric in said)]
+    return grid(head, lines), notes
 
 
 def _idle(sweep: Sweep) -> list[str]:
