@@ -696,7 +696,7 @@ def test_tables_of_few_points_show_policies_and_of_many_the_best(whole: Sweep) -
     assert text.count("group-limited") == 4 and "cluster.nodes changes no figure." in text
     assert "±" in text and "%" in text and "kept" in text
     beside = table(whole, rows=8)
-    assert beside.count("*") == 4 + 1 and "step ms of every policy" in beside
+    assert beside.count("*") == 4 + 1 + 2 and "step ms of every policy" in beside
     few = table(whole, rows=2)
     assert "The 2 points of 4 with the best step ms" in few and few.count(" *") >= 2
 
