@@ -132,9 +132,10 @@ def _run(scenario: Any, args: argparse.Namespace, expected: Any) -> int:
     if args.out != "-":
         check_writable(args.out)
     started = time.monotonic()
-    if not args.quiet and (sys.stderr.isatty() or expected.seconds > LONG_S):
+    heard = not args.quiet and (sys.stderr.isatty() or expected.seconds > LONG_S)
+    if heard:
         print(f"{scenario.name}: {expected}", file=sys.stderr)
-    result = simulate(scenario, args.jobs, expected, progress=not args.quiet, record=args.timeline)
+    result = simulate(scenario, args.jobs, expected, progress=heard, record=args.timeline)
     try:
         if args.out != "-":
             folder = write(result, args.out, time.monotonic() - started)

@@ -31,7 +31,7 @@ TINY = str(ROOT / "scenarios" / "tiny.yaml")
 SMALL = ["replicas=1", "steps.count=1", "steps.warmup.steps=2", "traffic.tokens_per_rank=32"]
 SETS = [word for text in SMALL for word in ("--set", text)]
 # About a minute of work on one core, in tasks of many seconds.
-LONG = [word for text in ("steps.count=4000", "traffic.tokens_per_rank=512") for word in ("--set", text)]
+LONG = [word for text in ("steps.count=4000", "traffic.tokens_per_rank=512") for word in ("--set", text)] + ["--quiet"]
 
 
 @pytest.fixture(autouse=True)
@@ -165,6 +165,17 @@ def test_results_go_to_stdout_and_their_path_to_stderr(place: Path, capsys: pyte
         "devices.parquet", "experts.parquet", "layers.parquet", "manifest.json", "scenario.yaml", "steps.parquet",
         "summary.csv", "topics.parquet", "totals.parquet",
     ]  # fmt: skip
+
+
+def test_a_long_run_says_so_and_shows_how_far_it_is(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sim.run.LONG_S", 0.0)
+    assert main([TINY, *SETS, "--out", "-"]) == 0
+    first, *_ = capsys.readouterr().err.splitlines()
+    assert first == f"tiny: {estimate(load(TINY, SMALL))}"
+    assert main([TINY, *SETS, "--out", "-", "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_out_dash_writes_nothing_and_quiet_says_nothing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
