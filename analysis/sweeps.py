@@ -29,12 +29,13 @@ from analysis.style import (
     legend_below,
     legend_shape,
     line_style,
+    prefixed,
     wrapped,
 )
 from analysis.tradeoffs import pareto
 
 # Largest over smallest value from which a numeric axis is logarithmic.
-WIDE_RANGE = 20.0
+WIDE_RANGE = 10.0
 # Values of an axis up to which it makes panels, and ticks at each of them.
 FEW = 6
 UNITS = {
@@ -47,6 +48,8 @@ UNITS = {
     "_w": "W",
 }
 """Units of keys by how they end."""
+PREFIXED = (" [B/s]", " [FLOP/s]", " [B]", " [s]")
+"""Units that axes show with a prefix where that reads better."""
 HEADLINES = ("step_time_s", "output_tokens_per_s_per_gpu", "input_tokens_per_s_per_gpu", "max_vio_batch")
 
 
@@ -139,6 +142,12 @@ def _multiples(
     dots: bool,
 ) -> Figure:
     x, hue, col, row = keys
+    name, unit = key_name(x), _unit(x) if _numeric(values[x]) else " [setting]"
+    if unit in PREFIXED:  # 12.5 GB/s instead of 1.25e+10 B/s
+        scale, short = prefixed(max(values[x]), unit.strip(" []"))
+        name = next((name.removesuffix(end) for end in UNITS if name.endswith(end)), name)
+        unit, table = f" [{short}]", table.assign(**{x: table[x] * scale})
+        values = values | {x: [value * scale for value in values[x]]}
     lines = values[hue]
     names = [str(line) if hue == "policy" else f"{key_name(hue)} {value_name(line)}" for line in lines]
     across, down = (values[key] if key else [None] for key in (col, row))
@@ -174,7 +183,7 @@ def _multiples(
             axis.set_visible(i < len(cells))
             axis.tick_params(labelsize=8, labelbottom=last)
             if last:
-                axis.set_xlabel(_broken(key_name(x) + (_unit(x) if _numeric(values[x]) else " [setting]"), room))
+                axis.set_xlabel(_broken(name + unit, room))
         figure.supylabel(wrapped(label, 34), fontsize=9, multialignment="center")
         handles = [_handle(i, len(lines), dots=dots) for i in range(len(lines))]
         legend_below(figure, handles, names)

@@ -196,8 +196,10 @@ def plain(value: Any) -> str:
         return "null"
     if isinstance(value, str):
         return value if len(value) <= 30 else value[:27] + "..."
-    if isinstance(value, float):
-        return f"{value:.0f}" if value.is_integer() and abs(value) < 1e15 else f"{value:.6g}"
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        short = f"{value:.6g}"
+        whole = float(value).is_integer() and abs(value) < 1e15
+        return f"{value:.0f}" if whole and (abs(value) < 1e7 or float(short) != value) else short
     return json.dumps(value)
 
 
