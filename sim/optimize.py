@@ -113,7 +113,6 @@ def _run(
     """Check everything, then search. Raises ScenarioError; ValueError with one line for all else that is refused."""
     from sim import backends
     from sim.loading import opened
-    from sim.located import Problem, ScenarioError
     from sim.sweeping.folder import Refused, named
     from sim.sweeping.work import TooLong
 
@@ -124,9 +123,7 @@ def _run(
     if options.get("resume") and options.get("overwrite"):
         raise ValueError("--resume and --overwrite exclude each other")
     backends.get(options.get("backend", "local"))
-    twice = sorted({text.partition("=")[0].strip() for text in overrides} & {axis.axis.key for axis in varied})
-    if twice:
-        raise ScenarioError([Problem(f"--vary {key}", "", "is set by --set too") for key in twice])
+    _axes().not_set_too(varied, overrides)
     try:
         from sim.optimizing.work import question, run
 

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from sim.estimate import Estimate, free_memory_bytes
 
@@ -34,17 +34,13 @@ def watched(items: Iterable[B], total: int, label: str, progress: bool) -> Itera
         return
     from tqdm import tqdm
 
+    yield from tqdm(items, total=total, desc=label, file=sys.stderr, leave=False, unit="task", **pace())
+
+
+def pace() -> dict[str, Any]:
+    """How often a tqdm bar on stderr speaks: all the time on a terminal, every half minute into a file."""
     quiet_s = 0.0 if sys.stderr.isatty() else 30.0
-    yield from tqdm(
-        items,
-        total=total,
-        desc=label,
-        file=sys.stderr,
-        leave=False,
-        unit="task",
-        delay=quiet_s,
-        mininterval=max(0.1, quiet_s),
-    )
+    return {"delay": quiet_s, "mininterval": max(0.1, quiet_s)}
 
 
 class Workers:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from sim.optimizing.search import Trial
 from sim.results import Table
 from sim.store import write_csv
 from sim.sweeping import dataset
-from sim.sweeping.folder import Refused, changed, foreign, held, remove
+from sim.sweeping.folder import Refused, changed, ready
 from sim.sweeping.manifest import differences
 
 if TYPE_CHECKING:
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 DEFINITION = "optimize.json"
 
 
-@contextmanager
-def opened(folder: Path, new: dict[str, Any], *, resume: bool, overwrite: bool) -> Iterator[Callable[[], None]]:
-    """Hold the folder of the search that ``new`` defines, and give a function that makes it ready: until then it is as it
-    was. Raises Refused or OSError.
+def opened(
+    folder: Path, new: dict[str, Any], *, resume: bool, overwrite: bool
+) -> AbstractContextManager[Callable[[], None]]:
+    """The folder of the search that ``new`` defines; see `sim.sweeping.folder.ready`.
 
     The number of trials may differ from before: more of them go on where fewer ended; fewer than have run are refused.
     """
@@ -38,27 +38,16 @@ def opened(folder: Path, new: dict[str, Any], *, resume: bool, overwrite: bool) 
     def fill(path: Path) -> None:
         path.write_text(json.dumps(new, indent=1) + "\n", encoding="utf-8")
 
-    with held(folder, "search"):
-        if (folder / DEFINITION).exists():
-            if resume:
-                _compare(folder, new)
-            elif not overwrite:
-                raise Refused(
-                    f"{folder}: holds a search already: --resume goes on with it, --overwrite starts again, --name gives "
-                    "this one another folder"
-                )
-        elif refusal := foreign(folder, "search"):
-            raise refusal
-
-        def begin() -> None:
-            if overwrite and folder.exists():
-                remove(folder)
-            folder.mkdir(exist_ok=True)
-            for stray in folder.glob(f"{dataset.STRAY}*"):
-                stray.unlink()
-            dataset.put(folder, folder / DEFINITION, fill)
-
-        yield begin
+    return ready(
+        folder,
+        "search",
+        DEFINITION,
+        resume=resume,
+        overwrite=overwrite,
+        compare=lambda: _compare(folder, new),
+        far=lambda: "",
+        write=lambda: dataset.put(folder, folder / DEFINITION, fill),
+    )
 
 
 def _compare(folder: Path, new: dict[str, Any]) -> None:

@@ -33,7 +33,7 @@ from sim.sweeping.evaluate import evaluate
 from sim.sweeping.manifest import definition
 from sim.sweeping.points import Plan
 from sim.sweeping.work import MAX_SECONDS, TooLong
-from sim.workers import processes
+from sim.workers import pace, processes
 from sim.yamlfile import Document
 
 CHECKED = 30
@@ -254,6 +254,5 @@ def _bar(asked: Question, progress: bool) -> Iterator[Callable[[int], object]]:
         return
     from tqdm import tqdm
 
-    wait = 0.1 if sys.stderr.isatty() else 30.0
-    with tqdm(total=_most(asked), desc="runs", file=sys.stderr, leave=False, delay=wait, mininterval=wait) as bar:
+    with tqdm(total=_most(asked), desc="runs", file=sys.stderr, leave=False, **pace()) as bar:
         yield bar.update

@@ -153,3 +153,10 @@ def _plain(value: Any) -> Any:
     if item is not None and not isinstance(value, str | bytes | dict):
         return item()
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def not_set_too(varied: Sequence[Varied], overrides: Sequence[str]) -> None:
+    """Raise ScenarioError for axes whose key ``--set`` gives a value."""
+    twice = {text.partition("=")[0].strip() for text in overrides} & {axis.axis.key for axis in varied}
+    if twice:
+        raise ScenarioError([Problem(f"--vary {key}", "", "is set by --set too") for key in sorted(twice)])

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +59,6 @@ def remove(folder: Path) -> None:
     shutil.rmtree(aside)
 
 
-def foreign(folder: Path, what: str) -> Refused | None:
-    """Return the refusal of a folder that is there and not of a ``what``, if it is one."""
-    if folder.exists() and any(not path.name.startswith(dataset.STRAY) for path in folder.iterdir()):
-        return Refused(f"{folder}: exists and is no {what}: choose another --name")
-    return None
-
-
 def changed(folder: Path, what: str, found: Sequence[str]) -> Refused:
     """Return the refusal to go on with a ``what`` whose definition differs in ``found``."""
     lines = [f"  {line}" for line in found[:SHOWN]]
@@ -77,22 +70,34 @@ def changed(folder: Path, what: str, found: Sequence[str]) -> Refused:
 
 
 @contextmanager
-def opened(plan: Plan, folder: Path, *, resume: bool, overwrite: bool) -> Iterator[Callable[[], None]]:
-    """Hold the folder of a sweep, and give a function that makes it ready for its parts: until then it is as it was. Raises
-    Refused or OSError."""
-    with held(folder, "sweep"):
-        new = definition(plan)
-        if (folder / "sweep.json").exists():
+def ready(
+    folder: Path,
+    what: str,
+    definition: str,
+    *,
+    resume: bool,
+    overwrite: bool,
+    compare: Callable[[], None],
+    far: Callable[[], str],
+    write: Callable[[], None],
+) -> Iterator[Callable[[], None]]:
+    """Hold the folder of a ``what``, and give a function that makes it ready for its parts: until then it is as it was.
+    Raises Refused or OSError.
+
+    definition: the file that says what the folder holds. compare: refuses to go on with another one. far: how far the one
+    that is there has come. write: writes ``definition``.
+    """
+    with held(folder, what):
+        if (folder / definition).exists():
             if resume:
-                _compare(folder, new)
+                compare()
             elif not overwrite:
-                parts = sum(1 for _ in folder.glob("runs/*/part.parquet"))
                 raise Refused(
-                    f"{folder}: holds a sweep already ({parts} of {len(read_definition(folder)['runs'])} points done): "
-                    "--resume goes on with it, --overwrite starts again, --name gives this one another folder"
+                    f"{folder}: holds a {what} already{far()}: --resume goes on with it, --overwrite starts again, --name "
+                    "gives this one another folder"
                 )
-        elif refusal := foreign(folder, "sweep"):
-            raise refusal
+        elif folder.exists() and any(not path.name.startswith(dataset.STRAY) for path in folder.iterdir()):
+            raise Refused(f"{folder}: exists and is no {what}: choose another --name")
 
         def begin() -> None:
             if overwrite and folder.exists():
@@ -100,9 +105,29 @@ def opened(plan: Plan, folder: Path, *, resume: bool, overwrite: bool) -> Iterat
             folder.mkdir(exist_ok=True)
             for stray in folder.glob(f"{dataset.STRAY}*"):
                 stray.unlink()
-            _write(plan, folder, new)
+            write()
 
         yield begin
+
+
+def opened(plan: Plan, folder: Path, *, resume: bool, overwrite: bool) -> AbstractContextManager[Callable[[], None]]:
+    """The folder of a sweep; see `ready`."""
+    new = definition(plan)
+
+    def far() -> str:
+        parts = sum(1 for _ in folder.glob("runs/*/part.parquet"))
+        return f" ({parts} of {len(read_definition(folder)['runs'])} points done)"
+
+    return ready(
+        folder,
+        "sweep",
+        "sweep.json",
+        resume=resume,
+        overwrite=overwrite,
+        compare=lambda: _compare(folder, new),
+        far=far,
+        write=lambda: _write(plan, folder, new),
+    )
 
 
 def _write(plan: Plan, folder: Path, new: dict[str, Any]) -> None:

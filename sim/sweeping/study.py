@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sim.loading import opened
-from sim.located import Problem, ScenarioError
 from sim.scenario import Scenario
 from sim.store import resolved_data
-from sim.sweeping.axes import Varied, from_mapping
+from sim.sweeping.axes import Varied, from_mapping, not_set_too
 from sim.sweeping.folder import Refused, named
 from sim.sweeping.points import BadPoints, Plan, plan
 from sim.sweeping.sweep import Sweep
@@ -22,9 +21,7 @@ def prepared(
     source: Any, varied: Sequence[Varied], overrides: Sequence[str], *, allow_outside: bool = False, **options: Any
 ) -> Plan:
     """Read a scenario, change it and make all points of its sweep; options as in `sim.sweeping.points.plan`."""
-    twice = {text.partition("=")[0].strip() for text in overrides} & {axis.axis.key for axis in varied}
-    if twice:
-        raise ScenarioError([Problem(f"--vary {key}", "", "is set by --set too") for key in sorted(twice)])
+    not_set_too(varied, overrides)
     document = opened(source, overrides, allow_outside=allow_outside)
     return plan(document, varied, allow_outside=allow_outside, **options)
 

@@ -20,7 +20,7 @@ from sim.sweeping.folder import opened
 from sim.sweeping.points import Plan, Point
 from sim.sweeping.sweep import Sweep, in_memory, read
 from sim.units import human
-from sim.workers import processes
+from sim.workers import pace, processes
 
 MAX_SECONDS = 24 * 3600.0
 """A sweep that takes more than a day deserves a second look."""
@@ -177,7 +177,6 @@ def _bar(todo: Sequence[Sequence[Point]], progress: bool) -> Iterator[Callable[[
     from tqdm import tqdm
 
     seconds = [_expected(points[0]).seconds for points in todo]
-    watched = sys.stderr.isatty()
     with tqdm(
         total=sum(seconds),
         bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left",
@@ -185,8 +184,7 @@ def _bar(todo: Sequence[Sequence[Point]], progress: bool) -> Iterator[Callable[[
         file=sys.stderr,
         leave=False,
         smoothing=0.0,
-        delay=0.0 if watched else 30.0,
-        mininterval=0.1 if watched else 30.0,
+        **pace(),
     ) as bar:
         ended = itertools.count(1)
 
